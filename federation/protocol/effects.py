@@ -1,0 +1,100 @@
+"""What a state machine asks of whoever runs it.
+
+`Agent`, `Coordinator` and `Peer` do no I/O. Each of their methods returns effects, in the
+order in which they must happen: a `Record` before a `Send` means written down before said.
+A runner performs them for real; the simulated World performs the same ones on its clock.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+from federation.protocol.messages import AnyLetter, Assignment, Envelope, Report
+
+Fact = TypeVar("Fact")
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a letter; `device` names whose branch of the topic tree it goes to.
+
+    A device's own letters carry its own id; letters to all leave it empty.
+    """
+
+    letter: AnyLetter
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train as assigned, from this base; `stop` instead ends the training of an attempt."""
+
+    assignment: Assignment
+    base: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StopTraining:
+    """End the training of this attempt between two batches, and forget its checkpoint."""
+
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Call `on_wake` at this time or soon after. A later WakeAt replaces an earlier one."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Record(Generic[Fact]):
+    """Write this fact down durably before performing what follows."""
+
+    fact: Fact
+
+
+Effect: TypeAlias = Send | Train | StopTraining | WakeAt | Record[Fact]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of a `Train`: an encoded update and its report, or why there is none."""
+
+    attempt: str
+    update: bytes = b""
+    report: Report = Report(samples=0)
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The link to the broker came up or went down.
+
+    `epoch` is the number under which this connection speaks; `max_payload` the largest
+    letter the broker announced to take (0: it announced nothing).
+    """
+
+    is_up: bool
+    epoch: int
+    max_payload: int = 0
+    reason: str = ""
+
+
+class StateMachine(Protocol[Fact]):
+    """What agent, coordinator and peer have in common. Times are seconds of one clock."""
+
+    def start(self, now: float) -> list[Effect[Fact]]:
+        """Begin, or begin again from what was restored."""
+        ...
+
+    def on_link(self, link: Link, now: float) -> list[Effect[Fact]]:
+        """The link came up or went down."""
+        ...
+
+    def on_message(self, envelope: Envelope, now: float) -> list[Effect[Fact]]:
+        """A letter arrived, for this device (or, at the hub, from its sender)."""
+        ...
+
+    def on_wake(self, now: float) -> list[Effect[Fact]]:
+        """The time asked for by `WakeAt` has come."""
+        ...

@@ -1,0 +1,312 @@
+"""Every letter that travels, as frozen records, and their one encoding.
+
+A letter travels in an `Envelope` as MessagePack. Decoding is typed and bounded: size is
+checked before parsing, unknown fields are ignored (a newer minor version may add some),
+unknown letters and another major version are refused. Times travel as *remaining seconds*,
+never as wall time: clocks of devices are wrong.
+"""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from federation.errors import ProtocolError
+
+MAJOR = 1
+"""The protocol's major version: part of every topic and of every envelope."""
+
+MAX_LETTER_BYTES = 512 * 1024
+"""No letter is larger; a chunk is at most 256 KiB, an inline content at most 32 KiB."""
+
+INLINE_BYTES = 32 * 1024
+"""Content up to this size travels inside its letter; larger content travels as chunks."""
+
+Params: TypeAlias = dict[str, float]
+
+
+class Letter(msgspec.Struct, frozen=True, kw_only=True, tag_field="letter"):
+    """What all letters share: a tag on the wire, and nothing else."""
+
+
+class Content(msgspec.Struct, frozen=True, kw_only=True):
+    """Names a run of bytes by what it is: the manifest of a transfer.
+
+    `digest` is the SHA-256 in lower-case hexadecimal, `size` the number of bytes and
+    `chunk_bytes` how it is cut: chunk n covers bytes [n * chunk_bytes, (n + 1) * chunk_bytes).
+    """
+
+    digest: str
+    size: int
+    chunk_bytes: int
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the content has."""
+        return -(-self.size // self.chunk_bytes)
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of the zoo by name, with its sizes: `federation.learning.models.build_model`."""
+
+    name: str
+    sizes: dict[str, int] = {}
+
+
+class LocalPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How a device shall train: declarative, no code travels.
+
+    `epochs` of zero asks for an echo of the base model. `max_steps` of zero means no cap.
+    `seed` fixes the order of batches. `layers` names the layers that travel back (none: all).
+    `params` are the method's own numbers, such as FedProx's `mu`.
+    """
+
+    model: ModelSpec
+    method: str = "fedavg"
+    epochs: int = 1
+    max_steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    layers: tuple[str, ...] | None = None
+    encoding: Literal["dense", "int8"] = "dense"
+    params: Params = {}
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device says of its training: sums that add up over devices, and its cost."""
+
+    samples: int
+    steps: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
+
+
+class Capability(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device is and can do, said at birth."""
+
+    agent: str
+    samples: int
+    memory_mb: int = 0
+    cores: int = 1
+    trains: bool = True
+    infers: bool = False
+    models: tuple[str, ...] = ()
+
+
+# From a device to the hub -----------------------------------------------------------------
+
+
+class Presence(Letter, frozen=True, kw_only=True, tag="presence"):
+    """A device's state, retained; with state `lost` it is also the device's last will."""
+
+    state: Literal["ready", "training", "draining", "disconnected", "lost"]
+
+
+class Birth(Letter, frozen=True, kw_only=True, tag="birth"):
+    """A device begins to talk: what it can do, and the attempts it still holds.
+
+    `working` is the attempt it fetches for or trains; `finished` are updates not yet
+    acknowledged by the hub.
+    """
+
+    capability: Capability
+    working: str | None = None
+    finished: tuple[str, ...] = ()
+    release: str | None = None
+
+
+class Heartbeat(Letter, frozen=True, kw_only=True, tag="heartbeat"):
+    """A sign of life, best effort: the attempt in hand and how far it is (0 to 1)."""
+
+    attempt: str | None = None
+    progress: float = 0.0
+    uptime_s: float = 0.0
+
+
+class TaskEvent(Letter, frozen=True, kw_only=True, tag="task-event"):
+    """What became of an assignment, short of its update."""
+
+    attempt: str
+    event: Literal["accepted", "declined", "training", "failed", "cancelled"]
+    reason: str = ""
+
+
+class BlobRequest(Letter, frozen=True, kw_only=True, tag="blob-request"):
+    """A device pulls: please send these chunks of this content."""
+
+    content: Content
+    wanted: tuple[int, ...]
+
+
+class UpdateOpen(Letter, frozen=True, kw_only=True, tag="update-open"):
+    """A finished update is about to travel; small content rides along in `inline`."""
+
+    attempt: str
+    content: Content
+    report: Report
+    inline: bytes | None = None
+
+
+class UpdateChunk(Letter, frozen=True, kw_only=True, tag="update-chunk"):
+    """One chunk of an update; `digest` names the content, `crc32` guards this chunk."""
+
+    attempt: str
+    digest: str
+    index: int
+    crc32: int
+    data: bytes
+
+
+# From the hub to a device -----------------------------------------------------------------
+
+
+class Welcome(Letter, frozen=True, kw_only=True, tag="welcome"):
+    """The hub's answer to a birth: the attempts it believes open for this device."""
+
+    open_attempts: tuple[str, ...] = ()
+
+
+class Assignment(Letter, frozen=True, kw_only=True, tag="assignment"):
+    """Please train: base model, plan, and the seconds that remain until the deadline."""
+
+    attempt: str
+    run: str
+    round: int
+    deadline_s: float
+    base: Content
+    plan: LocalPlan
+    inline: bytes | None = None
+
+
+class Cancel(Letter, frozen=True, kw_only=True, tag="cancel"):
+    """The attempt is over for the hub, whatever the device holds of it."""
+
+    attempt: str
+    reason: str
+
+
+class UpdateAck(Letter, frozen=True, kw_only=True, tag="update-ack"):
+    """The hub's own acknowledgement, sent after its commit.
+
+    `received` is a bitmap of the chunks stored (bit n of byte n // 8, lowest first). Every
+    verdict but `open` ends the transfer and lets the device forget the update.
+    """
+
+    attempt: str
+    digest: str
+    received: bytes = b""
+    verdict: Literal["open", "stored", "duplicate", "rejected", "too-late"] = "open"
+    reason: str = ""
+
+
+class BlobChunk(Letter, frozen=True, kw_only=True, tag="blob-chunk"):
+    """One chunk of the content a device asked for."""
+
+    digest: str
+    index: int
+    crc32: int
+    data: bytes
+
+
+class BlobGone(Letter, frozen=True, kw_only=True, tag="blob-gone"):
+    """The hub has no such content (any more)."""
+
+    digest: str
+    reason: str
+
+
+class Rebirth(Letter, frozen=True, kw_only=True, tag="rebirth"):
+    """Please send your birth again: the hub does not know you in this epoch."""
+
+    reason: str
+
+
+# From the hub to all ----------------------------------------------------------------------
+
+
+class HubState(Letter, frozen=True, kw_only=True, tag="hub-state"):
+    """Whether the hub is there, retained; offline is the hub's last will."""
+
+    online: bool
+
+
+class Release(Letter, frozen=True, kw_only=True, tag="release"):
+    """A model worth inferring with, retained: its ONNX file as content."""
+
+    run: str
+    round: int
+    content: Content
+    labels: tuple[str, ...] = ()
+
+
+Uplink: TypeAlias = (
+    Presence | Birth | Heartbeat | TaskEvent | BlobRequest | UpdateOpen | UpdateChunk
+)
+Downlink: TypeAlias = Welcome | Assignment | Cancel | UpdateAck | BlobChunk | BlobGone | Rebirth
+Public: TypeAlias = HubState | Release
+AnyLetter: TypeAlias = Uplink | Downlink | Public
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """A letter with its sender and the sender's epoch.
+
+    `sender` is a device's id, or `hub`. `epoch` grows with every connection a device makes
+    and with every start of the hub: what an older epoch said of its presence is void.
+    """
+
+    version: int = MAJOR
+    sender: str
+    epoch: int
+    body: AnyLetter
+
+
+class _Version(msgspec.Struct):
+    version: int = 0
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
+_version = msgspec.msgpack.Decoder(_Version)
+
+
+def seal(sender: str, epoch: int, letter: AnyLetter) -> bytes:
+    """The bytes of a letter in its envelope."""
+    return _encoder.encode(Envelope(sender=sender, epoch=epoch, body=letter))
+
+
+def unseal(payload: bytes) -> Envelope:
+    """The envelope in these bytes.
+
+    Raises:
+        ProtocolError: too large, not MessagePack, another major version, an unknown letter,
+            or a field of the wrong type.
+    """
+    if len(payload) > MAX_LETTER_BYTES:
+        raise ProtocolError(
+            f"letter of {len(payload)} bytes; at most {MAX_LETTER_BYTES} are read: "
+            "send larger content as chunks"
+        )
+    try:
+        envelope = _decoder.decode(payload)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(_why_unreadable(payload, error)) from error
+    if envelope.version != MAJOR:
+        raise ProtocolError(_other_version(envelope.version))
+    return envelope
+
+
+def _other_version(version: int) -> str:
+    return f"letter has protocol version {version}; this side speaks {MAJOR}: upgrade the older"
+
+
+def _why_unreadable(payload: bytes, error: msgspec.DecodeError) -> str:
+    try:
+        version = _version.decode(payload).version
+    except msgspec.DecodeError:
+        return f"letter is not readable MessagePack ({error}): refuse it and look at its sender"
+    if version != MAJOR:
+        return _other_version(version)
+    return f"letter is malformed ({error}): sender and receiver disagree about the protocol"

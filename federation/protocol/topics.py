@@ -1,0 +1,150 @@
+"""The topic grammar: build and parse; no other module spells a topic.
+
+```
+fl/1/<namespace>/d/<device>/up/state | birth | hb | task | req | x/<attempt>/open | x/<attempt>/c/<n>
+fl/1/<namespace>/d/<device>/dn/task | ctl | x/<attempt> | blob/<digest>/<n>
+fl/1/<namespace>/pub/hub | release/<run>
+```
+
+The direction is a fixed level, so the broker's permissions for a device are three lines:
+publish its own `up/#`, read its own `dn/#`, read `pub/#`.
+"""
+
+import re
+from dataclasses import dataclass
+
+from federation.errors import ProtocolError
+from federation.protocol import messages as m
+
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+"""Devices, runs and namespaces: lower-case letters, digits and hyphens, at most 64."""
+
+
+def check_name(kind: str, name: str) -> str:
+    """The name itself, if it may stand in a topic.
+
+    Raises:
+        ProtocolError: another character than a-z, 0-9 and hyphen, or longer than 64.
+    """
+    if NAME.fullmatch(name) is None:
+        raise ProtocolError(
+            f"{kind} {name!r} cannot stand in a topic: "
+            "use 1 to 64 lower-case letters, digits and hyphens, not beginning with a hyphen"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a letter travels: its topic, quality of service, retention and expiry in seconds."""
+
+    topic: str
+    qos: int = 1
+    retain: bool = False
+    expiry_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a letter came in: whose branch (empty: public) and in which direction."""
+
+    device: str
+    direction: str
+
+
+def root(namespace: str) -> str:
+    """The prefix of all topics of one fleet."""
+    return f"fl/{m.MAJOR}/{check_name('namespace', namespace)}"
+
+
+def hub_filters(namespace: str) -> list[str]:
+    """What the hub subscribes to."""
+    return [f"{root(namespace)}/d/+/up/#"]
+
+
+def device_filters(namespace: str, device: str) -> list[str]:
+    """What a device subscribes to: its own branch, and what is said to all."""
+    return [f"{root(namespace)}/d/{device}/dn/#", f"{root(namespace)}/pub/#"]
+
+
+def route(namespace: str, device: str, letter: m.AnyLetter) -> Route:
+    """How this letter travels; `device` names the branch and is ignored for public letters."""
+    level, qos, retain, expiry_s = _level(letter)
+    prefix = root(namespace)
+    if isinstance(letter, m.HubState | m.Release):
+        return Route(f"{prefix}/pub/{level}", qos, retain, expiry_s)
+    return Route(f"{prefix}/d/{device}/{level}", qos, retain, expiry_s)
+
+
+def _level(letter: m.AnyLetter) -> tuple[str, int, bool, int]:
+    match letter:
+        case m.Presence():
+            return "up/state", 1, True, 0
+        case m.Birth():
+            return "up/birth", 1, False, 600
+        case m.Heartbeat():
+            return "up/hb", 0, False, 60
+        case m.TaskEvent():
+            return "up/task", 1, False, 3600
+        case m.BlobRequest():
+            return "up/req", 1, False, 60
+        case m.UpdateOpen(attempt=attempt):
+            return f"up/x/{attempt}/open", 1, False, 3600
+        case m.UpdateChunk(attempt=attempt, index=index):
+            return f"up/x/{attempt}/c/{index}", 1, False, 3600
+        case m.Assignment() | m.Cancel():
+            return "dn/task", 1, False, 3600
+        case m.Welcome() | m.Rebirth():
+            return "dn/ctl", 1, False, 300
+        case m.UpdateAck(attempt=attempt):
+            return f"dn/x/{attempt}", 1, False, 60
+        case m.BlobChunk(digest=digest, index=index):
+            return f"dn/blob/{digest}/{index}", 1, False, 300
+        case m.BlobGone(digest=digest):
+            return f"dn/blob/{digest}/gone", 1, False, 300
+        case m.HubState():
+            return "hub", 1, True, 0
+        case m.Release(run=run):
+            return f"release/{run}", 1, True, 0
+
+
+def parse(namespace: str, topic: str) -> Origin:
+    """Where a letter on this topic comes from or goes to.
+
+    Raises:
+        ProtocolError: the topic is not in this namespace's tree.
+    """
+    prefix = f"{root(namespace)}/"
+    levels = topic.removeprefix(prefix).split("/")
+    if topic.startswith(prefix):
+        match levels:
+            case ["d", device, "up" | "dn" as direction, _, *_] if NAME.fullmatch(device):
+                return Origin(device, direction)
+            case ["pub", _, *_]:
+                return Origin("", "pub")
+    raise ProtocolError(
+        f"topic {topic!r} is not of this fleet; expected {prefix}d/<device>/up|dn/... "
+        f"or {prefix}pub/...: check the namespace on both sides"
+    )
+
+
+def open_letter(namespace: str, topic: str, payload: bytes) -> tuple[Origin, m.Envelope]:
+    """The envelope that arrived on a topic, its sender checked against the branch.
+
+    Raises:
+        ProtocolError: an unreadable letter, or one whose sender does not own the branch.
+    """
+    origin = parse(namespace, topic)
+    envelope = m.unseal(payload)
+    owner = origin.device if origin.direction == "up" else "hub"
+    if envelope.sender != owner:
+        raise ProtocolError(
+            f"letter of {envelope.sender!r} came on the branch of {owner!r}: refused; "
+            "a device may only write below its own name"
+        )
+    expected = route(namespace, origin.device, envelope.body).topic
+    if expected != topic:
+        raise ProtocolError(
+            f"letter {type(envelope.body).__name__} came on {topic!r}; it belongs on {expected!r}"
+        )
+    return origin, envelope
