@@ -1,0 +1,1 @@
+"""The hub: it opens rounds, gathers updates, keeps the record, and releases models."""

@@ -26,7 +26,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Train as assigned, from this base; `stop` instead ends the training of an attempt."""
+    """Train as assigned, from this base, and call `on_trained` with what comes of it."""
 
     assignment: Assignment
     base: bytes

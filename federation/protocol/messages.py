@@ -102,7 +102,7 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
 class Presence(Letter, frozen=True, kw_only=True, tag="presence"):
     """A device's state, retained; with state `lost` it is also the device's last will."""
 
-    state: Literal["ready", "training", "draining", "disconnected", "lost"]
+    state: Literal["ready", "draining", "disconnected", "lost"]
 
 
 class Birth(Letter, frozen=True, kw_only=True, tag="birth"):

@@ -1,0 +1,157 @@
+"""One round: who was asked, what became of it, and when it is settled. Pure; time is an argument.
+
+A round never waits for ever: each wait has a name, a deadline and a reason, and `Round.wait`
+says them. Absent is never zero: a device that did not answer has no vote (semantics 1).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from federation.errors import ConfigError
+from federation.protocol.messages import Report
+
+Status = Literal[
+    "assigned", "accepted", "training", "received", "declined", "failed", "lost", "refused",
+    "cancelled",
+]
+"""What became of an attempt. The first three, and `lost` within its grace, are still waited for."""
+
+OPEN: frozenset[Status] = frozenset({"assigned", "accepted", "training"})
+
+
+class RoundPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many devices a round asks, how few it accepts, and how long it waits.
+
+    `over_selection` asks that many times `devices_per_round` and closes the round as soon as
+    `devices_per_round` updates are in. `quorum` is the least number of updates worth a new
+    model. `gather_s` is how long a round waits for enough devices to be there before it makes
+    do with a quorum, `deadline_s` how long it waits for updates, `lost_grace_s` how long a
+    device whose link died is still waited for. `late` says what happens to an update of a
+    round that is over: it is dropped, or kept and weighed by its age in the round then open,
+    where the method allows that. After `max_abandoned` rounds in a row without a quorum the
+    run fails.
+    """
+
+    devices_per_round: int
+    quorum: int = 1
+    over_selection: float = 1.0
+    gather_s: float = 30.0
+    deadline_s: float = 600.0
+    lost_grace_s: float = 30.0
+    late: Literal["drop", "keep"] = "drop"
+    max_abandoned: int = 10
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.quorum <= self.devices_per_round:
+            raise ConfigError(
+                f"policy.quorum is {self.quorum} and policy.devices_per_round is "
+                f"{self.devices_per_round}; a quorum lies between 1 and devices_per_round"
+            )
+        if not 1.0 <= self.over_selection <= 10.0:
+            raise ConfigError(
+                f"policy.over_selection is {self.over_selection}; it lies between 1 and 10"
+            )
+        if min(self.gather_s, self.deadline_s, self.lost_grace_s) < 0 or self.deadline_s == 0:
+            raise ConfigError("policy times are seconds: not negative, and deadline_s above 0")
+
+    @property
+    def wanted(self) -> int:
+        """How many devices a round asks."""
+        return math.ceil(self.devices_per_round * self.over_selection)
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why nothing happens now: a name, a reason for people, and until when at the latest."""
+
+    name: Literal["devices", "updates", "nothing"]
+    reason: str
+    until: float
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One device's part in a round."""
+
+    attempt: str
+    device: str
+    status: Status = "assigned"
+    reason: str = ""
+    lost_at: float = 0.0
+    report: Report | None = None
+
+
+@dataclass(slots=True)
+class Round:
+    """The open round: its attempts by id, and the rule that settles it."""
+
+    number: int
+    policy: RoundPolicy
+    deadline: float
+    attempts: dict[str, Attempt] = field(default_factory=dict)
+
+    def mark(self, attempt: str, status: Status, reason: str = "", now: float = 0.0) -> bool:
+        """Note what became of an attempt; False where that changes nothing.
+
+        An attempt that was received stays received, whatever is said of it later.
+        """
+        entry = self.attempts.get(attempt)
+        if entry is None or entry.status in ("received", status):
+            return False
+        entry.status, entry.reason, entry.lost_at = status, reason, now
+        return True
+
+    def receive(self, attempt: str, report: Report) -> None:
+        """The update of this attempt is in and counts."""
+        entry = self.attempts[attempt]
+        entry.status, entry.reason, entry.report = "received", "", report
+
+    @property
+    def received(self) -> list[Attempt]:
+        """The attempts whose updates count, in device order."""
+        done = [entry for entry in self.attempts.values() if entry.status == "received"]
+        return sorted(done, key=lambda entry: entry.device)
+
+    def pending(self, now: float) -> list[Attempt]:
+        """The attempts still waited for: open ones, and lost ones within their grace."""
+        grace = self.policy.lost_grace_s
+        return [
+            entry
+            for entry in self.attempts.values()
+            if entry.status in OPEN or (entry.status == "lost" and now < entry.lost_at + grace)
+        ]
+
+    def outcome(self, now: float) -> Literal["wait", "close", "abandon"]:
+        """Whether to go on waiting, to aggregate, or to give the round up."""
+        got = len(self.received)
+        if got >= self.policy.devices_per_round:
+            return "close"
+        if self.pending(now) and now < self.deadline:
+            return "wait"
+        return "close" if got >= self.policy.quorum else "abandon"
+
+    def wait(self, now: float) -> Wait:
+        """What this round waits for, and when it will look again."""
+        pending = self.pending(now)
+        graces = [e.lost_at + self.policy.lost_grace_s for e in pending if e.status == "lost"]
+        who = ", ".join(f"{e.device} ({e.status})" for e in sorted(pending, key=_by_device)[:8])
+        more = f" and {len(pending) - 8} more" if len(pending) > 8 else ""
+        got, target = len(self.received), self.policy.devices_per_round
+        reason = f"{got} of {target} updates are in; waiting for {who}{more}"
+        return Wait("updates", reason, min([self.deadline, *graces]))
+
+    def why_abandoned(self, now: float) -> str:
+        """The reason to record when a round is given up."""
+        fates: dict[str, int] = {}
+        for entry in self.attempts.values():
+            fates[entry.status] = fates.get(entry.status, 0) + 1
+        told = ", ".join(f"{count} {status}" for status, count in sorted(fates.items()))
+        when = "at the deadline" if now >= self.deadline else "with nobody left to wait for"
+        return f"{len(self.received)} updates {when}, quorum is {self.policy.quorum} ({told})"
+
+
+def _by_device(entry: Attempt) -> str:
+    return entry.device

@@ -1,0 +1,107 @@
+"""What a device must not forget over a power loss: the facts an `Agent` records.
+
+The journal writes them down in the order given; `Held` is what it gives back.
+"""
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from federation.protocol.messages import Assignment, Content, Release, Report
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentKept:
+    """This assignment is the one in hand; it replaces any other."""
+
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentForgotten:
+    """The assignment of this attempt is over; its checkpoint may go."""
+
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkKept:
+    """One verified chunk of a content that is being fetched."""
+
+    content: Content
+    index: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ContentForgotten:
+    """What was fetched of this content is no longer needed, or was found damaged."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateKept:
+    """A finished update: kept until the hub's own acknowledgement came."""
+
+    attempt: str
+    content: Content
+    report: Report
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateForgotten:
+    """The hub has answered for this update: it may go."""
+
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseKept:
+    """A released model is here in full: the predictor may change to it."""
+
+    release: Release
+    data: bytes
+
+
+AgentFact: TypeAlias = (
+    AssignmentKept
+    | AssignmentForgotten
+    | ChunkKept
+    | ContentForgotten
+    | UpdateKept
+    | UpdateForgotten
+    | ReleaseKept
+)
+
+
+@dataclass(slots=True)
+class Held:
+    """What a journal gives back: the sum of the facts recorded in it.
+
+    `parts` holds, by digest, the chunks fetched so far of contents not yet forgotten.
+    """
+
+    assignment: Assignment | None = None
+    parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    updates: dict[str, UpdateKept] = field(default_factory=dict)
+    release: Release | None = None
+
+    def record(self, fact: AgentFact) -> None:
+        """Take one fact in. The journal does the same on disk."""
+        match fact:
+            case AssignmentKept(assignment):
+                self.assignment = assignment
+            case AssignmentForgotten(attempt):
+                if self.assignment is not None and self.assignment.attempt == attempt:
+                    self.assignment = None
+            case ChunkKept(content, index, data):
+                self.parts.setdefault(content.digest, {})[index] = data
+            case ContentForgotten(digest):
+                self.parts.pop(digest, None)
+            case UpdateKept():
+                self.updates[fact.attempt] = fact
+            case UpdateForgotten(attempt):
+                self.updates.pop(attempt, None)
+            case ReleaseKept(release):
+                self.release = release
