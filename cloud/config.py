@@ -51,6 +51,10 @@ class HubConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.database or f"sqlite:///{(self.folder / 'hub.db').resolve()}"
 
 
+class ModelChoice(ModelSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model of the zoo, as a letter names it, but with unknown keys refused."""
+
+
 class MethodChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A method of `federation.learning.methods` by name, with its own numbers."""
 
@@ -86,7 +90,7 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     name: str
     rounds: int
-    model: ModelSpec
+    model: ModelChoice
     policy: RoundPolicy
     method: MethodChoice = MethodChoice()
     training: TrainingPlan = TrainingPlan()

@@ -5,7 +5,9 @@ says them. Absent is never zero: a device that did not answer has no vote (seman
 """
 
 import math
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -84,14 +86,22 @@ class Attempt:
     report: Report | None = None
 
 
-@dataclass(slots=True)
 class Round:
-    """The open round: its attempts by id, and the rule that settles it."""
+    """The open round: its attempts by id, and the rule that settles it.
 
-    number: int
-    policy: RoundPolicy
-    deadline: float
-    attempts: dict[str, Attempt] = field(default_factory=dict)
+    Asking whether it is settled costs nothing that grows with the number of devices.
+    """
+
+    def __init__(
+        self, number: int, policy: RoundPolicy, deadline: float, attempts: Iterable[Attempt]
+    ) -> None:
+        self.number = number
+        self.policy = policy
+        self.deadline = deadline
+        self.attempts = {entry.attempt: entry for entry in attempts}
+        self._open = {a for a, entry in self.attempts.items() if entry.status in OPEN}
+        self._lost = {a for a, entry in self.attempts.items() if entry.status == "lost"}
+        self._received = {a for a, entry in self.attempts.items() if entry.status == "received"}
 
     def mark(self, attempt: str, status: Status, reason: str = "", now: float = 0.0) -> bool:
         """Note what became of an attempt; False where that changes nothing.
@@ -101,56 +111,66 @@ class Round:
         entry = self.attempts.get(attempt)
         if entry is None or entry.status in ("received", status):
             return False
-        entry.status, entry.reason, entry.lost_at = status, reason, now
+        entry.status, entry.reason = status, reason
+        for held in (self._open, self._lost, self._received):
+            held.discard(attempt)
+        if status in OPEN:
+            self._open.add(attempt)
+        elif status == "lost":
+            entry.lost_at = now
+            self._lost.add(attempt)
+        elif status == "received":
+            self._received.add(attempt)
         return True
 
     def receive(self, attempt: str, report: Report) -> None:
         """The update of this attempt is in and counts."""
-        entry = self.attempts[attempt]
-        entry.status, entry.reason, entry.report = "received", "", report
+        self.mark(attempt, "received")
+        self.attempts[attempt].report = report
 
     @property
     def received(self) -> list[Attempt]:
         """The attempts whose updates count, in device order."""
-        done = [entry for entry in self.attempts.values() if entry.status == "received"]
-        return sorted(done, key=lambda entry: entry.device)
+        return sorted((self.attempts[attempt] for attempt in self._received), key=_by_device)
 
-    def pending(self, now: float) -> list[Attempt]:
-        """The attempts still waited for: open ones, and lost ones within their grace."""
-        grace = self.policy.lost_grace_s
-        return [
-            entry
-            for entry in self.attempts.values()
-            if entry.status in OPEN or (entry.status == "lost" and now < entry.lost_at + grace)
-        ]
+    def missing(self, now: float) -> list[Attempt]:
+        """The attempts still waited for, in device order: open ones, and lost ones in grace."""
+        hoped = [a for a in self._lost if now < self._grace_ends(a)]
+        return sorted((self.attempts[attempt] for attempt in [*self._open, *hoped]), key=_by_device)
 
     def outcome(self, now: float) -> Literal["wait", "close", "abandon"]:
         """Whether to go on waiting, to aggregate, or to give the round up."""
-        got = len(self.received)
+        got = len(self._received)
         if got >= self.policy.devices_per_round:
             return "close"
-        if self.pending(now) and now < self.deadline:
+        hope = bool(self._open) or any(now < self._grace_ends(a) for a in self._lost)
+        if hope and now < self.deadline:
             return "wait"
         return "close" if got >= self.policy.quorum else "abandon"
 
+    def next_look(self, now: float) -> float:
+        """When time alone may next change the outcome."""
+        graces = [end for a in self._lost if (end := self._grace_ends(a)) > now]
+        return min([self.deadline, *graces])
+
     def wait(self, now: float) -> Wait:
-        """What this round waits for, and when it will look again."""
-        pending = self.pending(now)
-        graces = [e.lost_at + self.policy.lost_grace_s for e in pending if e.status == "lost"]
-        who = ", ".join(f"{e.device} ({e.status})" for e in sorted(pending, key=_by_device)[:8])
-        more = f" and {len(pending) - 8} more" if len(pending) > 8 else ""
-        got, target = len(self.received), self.policy.devices_per_round
-        reason = f"{got} of {target} updates are in; waiting for {who}{more}"
-        return Wait("updates", reason, min([self.deadline, *graces]))
+        """What this round waits for, and until when at the latest."""
+        missing = self.missing(now)
+        who = ", ".join(f"{entry.device} ({entry.status})" for entry in missing[:8])
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        target = min(self.policy.devices_per_round, len(self.attempts))
+        reason = f"{len(self._received)} of {target} updates are in; waiting for {who}{more}"
+        return Wait("updates", reason, self.deadline)
 
     def why_abandoned(self, now: float) -> str:
         """The reason to record when a round is given up."""
-        fates: dict[str, int] = {}
-        for entry in self.attempts.values():
-            fates[entry.status] = fates.get(entry.status, 0) + 1
+        fates = Counter(entry.status for entry in self.attempts.values())
         told = ", ".join(f"{count} {status}" for status, count in sorted(fates.items()))
         when = "at the deadline" if now >= self.deadline else "with nobody left to wait for"
-        return f"{len(self.received)} updates {when}, quorum is {self.policy.quorum} ({told})"
+        return f"{len(self._received)} updates {when}, quorum is {self.policy.quorum} ({told})"
+
+    def _grace_ends(self, attempt: str) -> float:
+        return self.attempts[attempt].lost_at + self.policy.lost_grace_s
 
 
 def _by_device(entry: Attempt) -> str:

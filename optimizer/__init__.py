@@ -1,0 +1,1 @@
+"""Whom to ask, which model, where, and with how much."""

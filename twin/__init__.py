@@ -1,0 +1,1 @@
+"""A digital twin of each device: what it reported, what is wanted of it, what it will do."""

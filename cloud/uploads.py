@@ -1,0 +1,121 @@
+"""The hub's side of updates that are on their way: what has arrived, and what it turned into."""
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloud.facts import UploadMemory
+from federation.errors import CodecError, TransferError
+from federation.protocol import codec
+from federation.protocol.codec import Weights
+from federation.protocol.messages import Content, LocalPlan, Report, UpdateChunk, UpdateOpen
+from federation.protocol.transfer import Incoming
+
+MAX_RESTARTS = 3
+"""How often a content whose digest does not hold is asked for again before it is refused."""
+
+
+@dataclass(slots=True)
+class Upload:
+    """One update that is on its way."""
+
+    content: Content
+    report: Report
+    incoming: Incoming
+    restarts: int = 0
+
+
+class Uploads:
+    """All updates that are on their way, by attempt."""
+
+    def __init__(self, memory: Mapping[str, UploadMemory]) -> None:
+        self._by_attempt = {
+            attempt: Upload(kept.content, kept.report, Incoming(kept.content, kept.parts))
+            for attempt, kept in memory.items()
+        }
+
+    def get(self, attempt: str, digest: str) -> Upload | None:
+        """The upload of this attempt, if it is of this content."""
+        upload = self._by_attempt.get(attempt)
+        return upload if upload is not None and upload.content.digest == digest else None
+
+    def open(self, letter: UpdateOpen) -> Upload:
+        """Begin an upload, or go on with it where the same content is already under way.
+
+        Raises:
+            TransferError: the inline content is not what the letter says it is.
+        """
+        upload = self._by_attempt.get(letter.attempt)
+        if upload is None or upload.content != letter.content:
+            upload = Upload(letter.content, letter.report, Incoming(letter.content))
+            self._by_attempt[letter.attempt] = upload
+        return upload
+
+    def forget(self, attempt: str) -> None:
+        """Drop what has arrived for this attempt."""
+        self._by_attempt.pop(attempt, None)
+
+    def restart(self, attempt: str) -> bool:
+        """Begin again with nothing, since the whole was damaged; False: once too often."""
+        upload = self._by_attempt[attempt]
+        upload.restarts += 1
+        upload.incoming = Incoming(upload.content)
+        return upload.restarts <= MAX_RESTARTS
+
+
+def inline_chunk(letter: UpdateOpen) -> UpdateChunk:
+    """The content that rode along in an opening letter, as the one chunk that it is.
+
+    Raises:
+        TransferError: its size is not the content's, or the content has several chunks.
+    """
+    data = letter.inline or b""
+    if letter.content.chunks != 1 or len(data) != letter.content.size:
+        raise TransferError(
+            f"inline content has {len(data)} bytes; {letter.content.size} in one chunk were "
+            "announced: send it as chunks"
+        )
+    return UpdateChunk(
+        attempt=letter.attempt,
+        digest=letter.content.digest,
+        index=0,
+        crc32=zlib.crc32(data),
+        data=data,
+    )
+
+
+def check_announced(letter: UpdateOpen, largest_bytes: int) -> None:
+    """Refuse an update by what its opening letter says, before a byte of it is taken.
+
+    Raises:
+        TransferError: larger than an update of this model can be, chunks out of range, or a
+            report whose numbers cannot weigh anything.
+    """
+    content, report = letter.content, letter.report
+    if not 0 < content.size <= largest_bytes:
+        raise TransferError(
+            f"update of {content.size} bytes; one of this model has between 1 and {largest_bytes}"
+        )
+    if not 1 <= content.chunk_bytes <= 256 * 1024 or content.chunks > 65536:
+        raise TransferError(
+            f"chunks of {content.chunk_bytes} bytes; they have between 1 and 262144, "
+            "and a content at most 65536 of them"
+        )
+    if not 1 <= report.samples <= 2**40:
+        raise TransferError(f"report of {report.samples} samples; an update has at least 1")
+    if not (math.isfinite(report.loss_sum) and math.isfinite(report.seconds)):
+        raise TransferError("report with a loss or time that is not finite")
+
+
+def read_update(data: bytes, base: Weights, plan: LocalPlan) -> Weights:
+    """The tensors of an update, checked against the model it was made from.
+
+    Raises:
+        CodecError: unreadable, another shape or name, NaN or infinity, or nothing at all.
+    """
+    update = codec.decode(data)
+    codec.check_update(update, base, plan.layers)
+    if not update:
+        raise CodecError("update has no tensors; at least one layer must travel")
+    return update
