@@ -1,0 +1,405 @@
+"""Content-addressed chunk transfer: what has arrived, what is missing, what to send now.
+
+Plain state without clock, socket or file. A device pulls content with `Download` and pushes
+it with `Upload`; whoever receives keeps an `Incoming`. After a restart of either side, or of
+the link, the receiver says by bitmap what it has recorded and only the rest travels.
+"""
+
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from itertools import islice
+from math import exp
+from types import MappingProxyType
+
+from federation.errors import TransferError
+from federation.protocol.messages import Content
+
+DEFAULT_CHUNK_BYTES = 64 * 1024
+SMALLEST_CHUNK_BYTES = 16 * 1024
+LARGEST_CHUNK_BYTES = 256 * 1024
+ENVELOPE_BYTES = 4 * 1024
+"""Left free in the broker's largest letter for the envelope around a chunk."""
+
+MAX_CHUNKS = 64 * 1024
+"""No content is cut finer: a manifest of a few bytes must not claim memory for its bitmap."""
+
+MAX_WINDOW = 32
+"""More chunks in flight gain nothing and fill the broker's memory when the hub stalls."""
+
+LONGEST_SILENCE_S = 60.0
+"""Back-off stops growing here, so a hub that returns is noticed within a minute."""
+
+RATE_MEMORY_S = 10.0
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NOTHING: Mapping[int, bytes] = MappingProxyType({})
+
+
+def content_of(data: bytes, chunk_bytes: int) -> Content:
+    """The manifest of these bytes."""
+    content = Content(digest=sha256(data).hexdigest(), size=len(data), chunk_bytes=chunk_bytes)
+    return check_content(content)
+
+
+def check_content(content: Content) -> Content:
+    """The manifest itself, if it is one that can be transferred and named in a path or topic.
+
+    Raises:
+        TransferError: a digest that is not SHA-256 in hexadecimal, a size or chunk size out of
+            range, or more than `MAX_CHUNKS` chunks.
+    """
+    if _DIGEST.fullmatch(content.digest) is None:
+        raise TransferError(
+            f"content is named {content.digest[:80]!r}; expected 64 lower-case hexadecimal digits"
+        )
+    if content.size < 0 or not 1 <= content.chunk_bytes <= LARGEST_CHUNK_BYTES:
+        raise TransferError(
+            f"content of {content.size} bytes in chunks of {content.chunk_bytes}; expected "
+            f"a size of 0 or more and chunks of 1 to {LARGEST_CHUNK_BYTES} bytes"
+        )
+    if content.chunks > MAX_CHUNKS:
+        raise TransferError(
+            f"content has {content.chunks} chunks of {content.chunk_bytes} bytes; at most "
+            f"{MAX_CHUNKS} are taken: use larger chunks"
+        )
+    return content
+
+
+def chunk_size(*, link_bps: float, keepalive_s: float, max_payload: int) -> int:
+    """How to cut content for a link: at most an eighth of the keep-alive per chunk.
+
+    A chunk that takes longer than the keep-alive starves the ping behind it, and the client
+    cuts its own connection.
+
+    Args:
+        link_bps: What the link carries, in bits a second; 0 if unknown.
+        keepalive_s: The MQTT keep-alive.
+        max_payload: The largest letter the broker takes, in bytes; 0 if it announced nothing.
+            It bounds the chunk even below `SMALLEST_CHUNK_BYTES`.
+    """
+    ceiling = LARGEST_CHUNK_BYTES
+    if max_payload > 0:
+        ceiling = min(ceiling, max(max_payload - ENVELOPE_BYTES, max_payload // 2, 1))
+    wanted = int(link_bps / 8 * keepalive_s / 8) if link_bps > 0 else DEFAULT_CHUNK_BYTES
+    return min(max(wanted, SMALLEST_CHUNK_BYTES), ceiling)
+
+
+def bitmap(indices: Iterable[int], count: int) -> bytes:
+    """The indices below `count` as bits: bit n of byte n // 8, lowest first."""
+    bits = 0
+    for index in indices:
+        bits |= 1 << index
+    return _pack(bits, count)
+
+
+def indices_in(bitmap: bytes, count: int) -> frozenset[int]:
+    """The indices set in a bitmap; bits from `count` on are ignored, absent ones are unset."""
+    return frozenset(_ones(_unpack(bitmap, count)))
+
+
+def cut(data: bytes, content: Content, index: int) -> tuple[int, bytes]:
+    """The CRC-32 of a chunk, and the chunk.
+
+    Raises:
+        TransferError: the content has no such chunk.
+    """
+    if not 0 <= index < content.chunks:
+        raise TransferError(_no_such_chunk(content, index))
+    chunk = data[index * content.chunk_bytes : (index + 1) * content.chunk_bytes]
+    return zlib.crc32(chunk), chunk
+
+
+class Incoming:
+    """What has arrived of one content."""
+
+    def __init__(self, content: Content, parts: Mapping[int, bytes] = _NOTHING):
+        """Begin, or go on from recorded parts; a part that does not fit is fetched again."""
+        self.content = check_content(content)
+        self._parts = {i: data for i, data in parts.items() if len(data) == _length(content, i)}
+        self._missing = _all(content.chunks)
+        for index in self._parts:
+            self._missing ^= 1 << index
+
+    @property
+    def received(self) -> bytes:
+        """A bitmap of the chunks that arrived."""
+        return _pack(_all(self.content.chunks) ^ self._missing, self.content.chunks)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every chunk arrived."""
+        return not self._missing
+
+    @property
+    def missing(self) -> Iterator[int]:
+        """The indices that did not arrive yet, in order."""
+        return _ones(self._missing)
+
+    def add(self, index: int, crc32: int, data: bytes) -> bool:
+        """Keep a chunk; True if it is new.
+
+        Raises:
+            TransferError: an index out of range, a chunk of the wrong length or checksum, or
+                other bytes than those already kept for this index.
+        """
+        expected = _length(self.content, index)
+        if expected < 0:
+            raise TransferError(_no_such_chunk(self.content, index))
+        name = f"chunk {index} of {self.content.digest[:12]}"
+        if len(data) != expected:
+            raise TransferError(f"{name} has {len(data)} bytes; expected {expected}: cut it so")
+        if zlib.crc32(data) != crc32:
+            raise TransferError(f"{name} does not match its CRC-32: damaged on the way, resend it")
+        if index in self._parts:
+            if self._parts[index] != data:
+                raise TransferError(f"{name} came again with other bytes: the sender mixed two")
+            return False
+        self._parts[index] = data
+        self._missing ^= 1 << index
+        return True
+
+    def assemble(self) -> bytes:
+        """The whole content.
+
+        Raises:
+            TransferError: chunks are missing, or together they are not what the digest says;
+                then nothing of it may be kept.
+        """
+        if self._missing:
+            raise TransferError(
+                f"content {self.content.digest[:12]} lacks {self._missing.bit_count()} chunks: "
+                "transfer them first"
+            )
+        data = b"".join(self._parts[index] for index in range(self.content.chunks))
+        if sha256(data).hexdigest() != self.content.digest:
+            raise TransferError(
+                f"content {self.content.digest[:12]} is complete and has another SHA-256: "
+                "its manifest or a chunk is wrong, begin again from nothing"
+            )
+        return data
+
+
+class _Patience:
+    """How long to wait for an answer: by the answers so far, and longer with each silence."""
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._usual_s = 0.0
+        self._silences = 0
+
+    @property
+    def limit_s(self) -> float:
+        # The exponent is bounded only to keep the float finite; the ceiling decides.
+        grown_s = self._timeout_s * 2.0 ** min(self._silences, 16)
+        return max(4 * self._usual_s, min(grown_s, max(LONGEST_SILENCE_S, self._timeout_s)))
+
+    def on_answer(self, delay_s: float) -> None:
+        self._silences = 0
+        self._usual_s += 0.25 * (delay_s - self._usual_s) if self._usual_s else delay_s
+
+    def on_silence(self) -> None:
+        self._silences += 1
+
+    def renew(self) -> None:
+        self._silences = 0
+
+
+class Download:
+    """Pull by bitmap: ask with `request` after each `on_chunk`, `on_link_up` and at `wake_at`."""
+
+    def __init__(self, incoming: Incoming, *, window: int = 8, timeout_s: float = 10.0):
+        self.incoming = incoming
+        self._window = window
+        self._patience = _Patience(timeout_s)
+        self._asked_at: dict[int, float] = {}
+        self._heard_at = float("-inf")
+
+    @property
+    def wake_at(self) -> float | None:
+        """When the oldest question has waited too long; None if nothing is asked."""
+        oldest = min(self._asked_at.values(), default=None)
+        return None if oldest is None else oldest + self._patience.limit_s
+
+    def request(self, now: float) -> tuple[int, ...]:
+        """The chunks to ask for now; empty while half the window or more is on its way."""
+        limit_s = self._patience.limit_s
+        expired = [i for i, asked_at in self._asked_at.items() if now - asked_at >= limit_s]
+        for index in expired:
+            del self._asked_at[index]
+        if expired and now - self._heard_at >= limit_s:
+            self._patience.on_silence()
+        if not expired and len(self._asked_at) > self._window // 2:
+            return ()
+        unasked = (i for i in self.incoming.missing if i not in self._asked_at)
+        wanted = tuple(islice(unasked, self._window - len(self._asked_at)))
+        self._asked_at.update(dict.fromkeys(wanted, now))
+        return wanted
+
+    def on_chunk(self, index: int, crc32: int, data: bytes, now: float) -> bool:
+        """Keep a chunk; True if it is new.
+
+        Raises:
+            TransferError: as `Incoming.add`; the chunk is asked for again after its time-out.
+        """
+        is_new = self.incoming.add(index, crc32, data)
+        asked_at = self._asked_at.pop(index, None)
+        if asked_at is not None:
+            self._patience.on_answer(now - asked_at)
+            self._heard_at = now
+        return is_new
+
+    def on_link_up(self) -> None:
+        """A new connection: what was asked for is void."""
+        self._asked_at.clear()
+        self._patience.renew()
+
+
+class Upload:
+    """Push within a window, with selective acknowledgement.
+
+    What was acknowledged is not sent again, however old the acknowledgements that follow;
+    except where all of it was, no verdict came, and the receiver, asked again, still lacks
+    chunks: it found the whole damaged and takes back what it said. Drop the object when the
+    verdict is final; until then `wake_at` asks on.
+
+    The window follows the acknowledgement time as TCP Vegas does (Brakmo and Peterson, 1994):
+    it grows while fewer than 2 chunks wait in queues on the way, shrinks above 4, and halves
+    when an acknowledgement fails to come.
+    """
+
+    def __init__(self, content: Content, data: bytes, *, window: int = 4, timeout_s: float = 10.0):
+        if len(data) != check_content(content).size:
+            raise TransferError(
+                f"content {content.digest[:12]} names {content.size} bytes; {len(data)} are here"
+            )
+        self.content = content
+        self._data = data
+        self._unacked = _all(content.chunks)
+        self._in_flight: dict[int, float] = {}
+        self._window = float(window)
+        self._patience = _Patience(timeout_s)
+        self._quickest_s = float("inf")
+        self._since: float | None = None
+        self._is_in_doubt = False
+        self._sent_bits = self._spent_s = 0.0
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether the receiver has every chunk."""
+        return not self._unacked
+
+    @property
+    def rate_bps(self) -> float:
+        """Bits a second acknowledged of late, idle times left out; 0 while unknown."""
+        return self._sent_bits / self._spent_s if self._spent_s > 0 else 0.0
+
+    @property
+    def wake_at(self) -> float | None:
+        """When silence has lasted long enough to ask again; None before `open`."""
+        return None if self._since is None else self._since + self._patience.limit_s
+
+    def open(self, now: float) -> None:
+        """Begin, or begin again on a new connection: say UpdateOpen and await its answer.
+
+        What is in flight is void, and nothing is sent before the receiver has said what it has.
+        """
+        self._patience.renew()
+        self._quickest_s = float("inf")
+        self._in_flight.clear()
+        self._is_in_doubt = False
+        self._since = now
+
+    def on_ack(self, received: bytes, now: float) -> list[int]:
+        """The chunks to send now (see `chunk`), given a bitmap of those received."""
+        have = _unpack(received, self.content.chunks)
+        fresh = have & self._unacked
+        lacking = _all(self.content.chunks) ^ have
+        self._unacked = lacking if self._is_in_doubt else self._unacked ^ fresh
+        self._is_in_doubt = False
+        if self._since is None:
+            return []
+        delays_s = [now - self._in_flight.pop(i) for i in _ones(fresh) if i in self._in_flight]
+        if delays_s:
+            self._measure(len(delays_s), now)
+        for delay_s in delays_s:
+            self._patience.on_answer(delay_s)
+            self._adapt(delay_s)
+        self._since = now
+        self._expire(now)
+        return self._fill(now)
+
+    def on_timeout(self, now: float) -> bool:
+        """At `wake_at`: True if UpdateOpen is to be said again, for there was silence too long."""
+        if self.wake_at is None or now < self.wake_at:
+            return False
+        if self._in_flight:
+            self._window = max(1.0, self._window / 2)
+        self._patience.on_silence()
+        self._in_flight.clear()
+        self._is_in_doubt = self.is_acknowledged
+        self._since = now
+        return True
+
+    def chunk(self, index: int) -> tuple[int, bytes]:
+        """The CRC-32 of a chunk, and the chunk."""
+        return cut(self._data, self.content, index)
+
+    def _measure(self, chunks: int, now: float) -> None:
+        elapsed_s = now - (self._since if self._since is not None else now)
+        kept = exp(-max(elapsed_s, 0.0) / RATE_MEMORY_S)
+        self._sent_bits = self._sent_bits * kept + 8.0 * chunks * self.content.chunk_bytes
+        self._spent_s = self._spent_s * kept + elapsed_s
+
+    def _adapt(self, delay_s: float) -> None:
+        self._quickest_s = min(self._quickest_s, delay_s)
+        queued = self._window * (1 - self._quickest_s / delay_s) if delay_s > 0 else 0.0
+        if queued < 2:
+            self._window = min(self._window + 1 / self._window, MAX_WINDOW)
+        elif queued > 4:
+            self._window = max(self._window - 1 / self._window, 2.0)
+
+    def _expire(self, now: float) -> None:
+        limit_s = self._patience.limit_s
+        lost = [i for i, sent_at in self._in_flight.items() if now - sent_at >= limit_s]
+        for index in lost:
+            del self._in_flight[index]
+        if lost:
+            self._window = max(1.0, self._window / 2)
+
+    def _fill(self, now: float) -> list[int]:
+        free = max(int(self._window) - len(self._in_flight), 0)
+        waiting = (i for i in _ones(self._unacked) if i not in self._in_flight)
+        sending = list(islice(waiting, free))
+        self._in_flight.update(dict.fromkeys(sending, now))
+        return sending
+
+
+def _length(content: Content, index: int) -> int:
+    if not 0 <= index < content.chunks:
+        return -1
+    return min(content.chunk_bytes, content.size - index * content.chunk_bytes)
+
+
+def _no_such_chunk(content: Content, index: int) -> str:
+    return f"chunk {index} of {content.digest[:12]} is out of range; it has {content.chunks} chunks"
+
+
+def _all(count: int) -> int:
+    return (1 << count) - 1
+
+
+def _pack(bits: int, count: int) -> bytes:
+    return bits.to_bytes(-(-count // 8), "little")
+
+
+def _unpack(bitmap: bytes, count: int) -> int:
+    return int.from_bytes(bitmap[: -(-count // 8)], "little") & _all(count)
+
+
+def _ones(bits: int) -> Iterator[int]:
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
