@@ -61,23 +61,18 @@ def check_content(content: Content) -> Content:
         )
     if content.chunks > MAX_CHUNKS:
         raise TransferError(
-            f"content has {content.chunks} chunks of {content.chunk_bytes} bytes; at most "
-            f"{MAX_CHUNKS} are taken: use larger chunks"
+            f"content has {content.chunks} chunks; {MAX_CHUNKS} are taken: cut it larger"
         )
     return content
 
 
 def chunk_size(*, link_bps: float, keepalive_s: float, max_payload: int) -> int:
-    """How to cut content for a link: at most an eighth of the keep-alive per chunk.
+    """How many bytes of a chunk suit a link: an eighth of the keep-alive's worth.
 
     A chunk that takes longer than the keep-alive starves the ping behind it, and the client
-    cuts its own connection.
-
-    Args:
-        link_bps: What the link carries, in bits a second; 0 if unknown.
-        keepalive_s: The MQTT keep-alive.
-        max_payload: The largest letter the broker takes, in bytes; 0 if it announced nothing.
-            It bounds the chunk even below `SMALLEST_CHUNK_BYTES`.
+    cuts its own connection. `link_bps` is 0 where the rate is unknown. `max_payload` is the
+    largest letter the broker takes in bytes, 0 if it announced nothing; it bounds the chunk
+    even below `SMALLEST_CHUNK_BYTES`.
     """
     ceiling = LARGEST_CHUNK_BYTES
     if max_payload > 0:
@@ -91,7 +86,7 @@ def bitmap(indices: Iterable[int], count: int) -> bytes:
     bits = 0
     for index in indices:
         bits |= 1 << index
-    return _pack(bits, count)
+    return _pack(bits & _all(count), count)
 
 
 def indices_in(bitmap: bytes, count: int) -> frozenset[int]:
@@ -202,7 +197,7 @@ class _Patience:
     def on_silence(self) -> None:
         self._silences += 1
 
-    def renew(self) -> None:
+    def on_link_up(self) -> None:
         self._silences = 0
 
 
@@ -253,7 +248,7 @@ class Download:
     def on_link_up(self) -> None:
         """A new connection: what was asked for is void."""
         self._asked_at.clear()
-        self._patience.renew()
+        self._patience.on_link_up()
 
 
 class Upload:
@@ -271,9 +266,7 @@ class Upload:
 
     def __init__(self, content: Content, data: bytes, *, window: int = 4, timeout_s: float = 10.0):
         if len(data) != check_content(content).size:
-            raise TransferError(
-                f"content {content.digest[:12]} names {content.size} bytes; {len(data)} are here"
-            )
+            raise TransferError(f"content names {content.size} bytes; {len(data)} are here")
         self.content = content
         self._data = data
         self._unacked = _all(content.chunks)
@@ -305,7 +298,7 @@ class Upload:
 
         What is in flight is void, and nothing is sent before the receiver has said what it has.
         """
-        self._patience.renew()
+        self._patience.on_link_up()
         self._quickest_s = float("inf")
         self._in_flight.clear()
         self._is_in_doubt = False
