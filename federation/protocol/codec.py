@@ -1,0 +1,328 @@
+"""Tensors to bytes and back: safetensors, dense or int8, whole, partial or masked.
+
+Weights are float32 arrays under the names of a torch `state_dict`. A payload is one
+safetensors file, readable by any safetensors reader; what differs from plain tensors stands
+in its header under `headwater`, as JSON:
+
+- *partial*: some names are not there. Absent is never zero: a tensor that was not sent is
+  not in the result either.
+- *masked*: of a tensor only the entries its mask keeps are there, in C order. Both sides
+  hold the mask; the header carries its digest, so two different masks are noticed.
+- *int8*: one byte an entry and one scale a tensor, rounded stochastically without bias.
+
+The same weights give the same bytes, and bytes from anywhere give weights or `CodecError`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from federation.errors import CodecError
+
+Array: TypeAlias = NDArray[Any]
+Weights: TypeAlias = dict[str, NDArray[np.float32]]
+Masks: TypeAlias = Mapping[str, NDArray[np.bool_]]
+Encoding: TypeAlias = Literal["dense", "int8"]
+
+MAX_HEADER_BYTES = 256 * 1024
+"""No longer header is parsed: enough for some two thousand tensors."""
+
+MAX_DIMENSIONS = 8
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}")
+"""What a tensor may be called."""
+
+_FACTS = "headwater"
+_RESERVED = "__metadata__"
+_LEVELS = 127
+_LARGEST = float(np.finfo(np.float32).max)
+_DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "I8": np.int8}
+
+
+class _Facts(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the header says of the tensors: int8 scales and the digests of masks."""
+
+    scales: dict[str, float] = {}
+    masks: dict[str, str] = {}
+
+
+def digest_of(content: bytes) -> str:
+    """The SHA-256 of these bytes in lower-case hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def layer_of(name: str) -> str:
+    """The layer a tensor belongs to: its name up to the last dot (all of it without one)."""
+    return name.rpartition(".")[0] or name
+
+
+def encode(
+    weights: Mapping[str, Array],
+    *,
+    encoding: Encoding = "dense",
+    masks: Masks | None = None,
+    seed: int = 0,
+) -> bytes:
+    """The bytes of these weights.
+
+    Int8 rounds x / s to one of its two neighbours, up with the probability of its fraction,
+    where s = max |x| / 127: the mean of many roundings is x, and none is off by s or more.
+
+    Args:
+        weights: float32 tensors by name; a part of a model is as good as the whole.
+        encoding: `dense` keeps every bit; `int8` needs a quarter of the bytes.
+        masks: for the tensors named here, only the entries where the mask is true travel.
+        seed: decides the rounding of int8; dense does not look at it.
+
+    Raises:
+        CodecError: another dtype than float32, a name or mask that does not fit, or, for
+            int8, a value that is not finite.
+    """
+    kept, mask_digests = _keep(_sorted_float32(weights), masks or {})
+    if encoding == "dense":
+        return pack(kept, _facts_to_json(_Facts(masks=mask_digests)))
+    rng = np.random.default_rng(seed % 2**64)
+    quantised: dict[str, Array] = {}
+    scales: dict[str, float] = {}
+    for name, tensor in kept.items():
+        quantised[name], scales[name] = _quantise(name, tensor, rng)
+    return pack(quantised, _facts_to_json(_Facts(scales=scales, masks=mask_digests)))
+
+
+def decode(payload: bytes, masks: Masks | None = None) -> Weights:
+    """The weights in these bytes, as arrays of their own, ordered by name.
+
+    Args:
+        payload: what `encode` gave, on whatever machine.
+        masks: the masks of the tensors that travelled masked; others are not looked at.
+            Entries a mask drops do not live in the model: they come back as zero.
+
+    Raises:
+        CodecError: bytes that are not a payload, whole and of this format, or a mask that
+            is missing or is not the sender's.
+    """
+    tensors, text = unpack(payload)
+    facts = _facts_from_json(text)
+    if foreign := sorted((facts.scales.keys() | facts.masks.keys()) - tensors.keys()):
+        raise CodecError(f"payload describes {foreign[0]!r} but does not hold it: refuse it")
+    weights: Weights = {}
+    for name in sorted(tensors):
+        flat = _dequantise(name, tensors[name], facts.scales.get(name))
+        weights[name] = _spread(name, flat, facts.masks.get(name), masks or {})
+    return weights
+
+
+def check_update(
+    update: Mapping[str, Array], base: Mapping[str, Array], layers: Collection[str] | None = None
+) -> None:
+    """Refuse an update that may not be averaged into this base.
+
+    Args:
+        update: what a device sent, decoded.
+        base: the weights it was asked to train.
+        layers: the layers it was asked to send (none: all).
+
+    Raises:
+        CodecError: a tensor is missing, foreign, of another shape or dtype, or holds NaN or
+            infinity; the message names the first such tensor.
+    """
+    expected = {n for n in base if layers is None or layer_of(n) in layers}
+    if missing := sorted(expected - update.keys()):
+        raise CodecError(f"update lacks tensor {missing[0]!r}: send every tensor asked for")
+    if foreign := sorted(update.keys() - expected):
+        raise CodecError(f"update has tensor {foreign[0]!r}, which was not asked for: refuse it")
+    for name in sorted(expected):
+        check_tensor(name, update[name], base[name])
+
+
+def check_tensor(name: str, tensor: Array, like: Array) -> None:
+    """Refuse a tensor of another shape or dtype than `like`, or one that is not finite.
+
+    Raises:
+        CodecError: naming the tensor, what it is and what was expected.
+    """
+    if tensor.shape != like.shape:
+        raise CodecError(
+            f"tensor {name!r} has shape {tensor.shape}; expected {like.shape}: "
+            "train the model that was sent"
+        )
+    if tensor.dtype != like.dtype:
+        raise CodecError(f"tensor {name!r} is {tensor.dtype}; expected {like.dtype}: convert it")
+    if not np.isfinite(tensor).all():
+        count = int(tensor.size - np.isfinite(tensor).sum())
+        raise CodecError(
+            f"tensor {name!r} has {count} values that are NaN or infinite; "
+            "expected finite numbers: lower the learning rate or look at the data"
+        )
+
+
+def pack(tensors: Mapping[str, Array], facts: str = "") -> bytes:
+    """Tensors of any dtype known here, and a text about them, as one safetensors file.
+
+    Raises:
+        CodecError: a name, dtype or number of dimensions that cannot travel.
+    """
+    ready: dict[str, Array] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if name == _RESERVED or NAME.fullmatch(name) is None:
+            raise CodecError(
+                f"tensor name {name[:80]!r} cannot travel: "
+                "use 1 to 200 letters, digits and _ . : / -"
+            )
+        if tensor.dtype.type not in _DTYPES.values() or tensor.ndim > MAX_DIMENSIONS:
+            raise CodecError(
+                f"tensor {name!r} is {tensor.dtype} with {tensor.ndim} dimensions; expected "
+                f"float32, float64, int64 or int8 with at most {MAX_DIMENSIONS}: convert it"
+            )
+        ready[name] = np.asarray(tensor, order="C")
+    payload = save(ready, {_FACTS: facts} if facts else None)
+    _check_header(payload)
+    return payload
+
+
+def unpack(payload: bytes) -> tuple[dict[str, Array], str]:
+    """The tensors in a safetensors file, writable, and the text about them.
+
+    Raises:
+        CodecError: bytes that are not such a file, whole and nothing beyond.
+    """
+    header = _check_header(payload)
+    try:
+        entries = safetensors.deserialize(payload)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        raise CodecError(
+            f"{len(payload)} bytes are not tensors ({error}); expected a safetensors payload: "
+            "fetch it again"
+        ) from error
+    tensors: dict[str, Array] = {}
+    for name, entry in entries:
+        dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+        if dtype is None or NAME.fullmatch(name) is None or not _is_sane(shape):
+            raise CodecError(
+                f"tensor {name[:80]!r} is {entry['dtype']} of shape {shape[:9]}: not ours, refuse"
+            )
+        tensors[name] = np.frombuffer(bytearray(entry["data"]), dtype).reshape(shape)
+    return tensors, _text_in(header)
+
+
+def _check_header(payload: bytes) -> bytes:
+    length = int.from_bytes(payload[:8], "little")
+    if len(payload) < 8 or length > len(payload) - 8:
+        raise CodecError(
+            f"payload of {len(payload)} bytes is cut short or not tensors: fetch it again"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CodecError(
+            f"payload has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read: "
+            "send fewer tensors at once"
+        )
+    return payload[8 : 8 + length]
+
+
+def _text_in(header: bytes) -> str:
+    metadata = json.loads(header).get(_RESERVED)
+    text = metadata.get(_FACTS, "") if isinstance(metadata, dict) else ""
+    return text if isinstance(text, str) else ""
+
+
+def _is_sane(shape: tuple[int, ...]) -> bool:
+    return len(shape) <= MAX_DIMENSIONS and all(size < 2**31 for size in shape)
+
+
+def _facts_to_json(facts: _Facts) -> str:
+    return "" if facts == _Facts() else msgspec.json.encode(facts, order="sorted").decode()
+
+
+def _facts_from_json(text: str) -> _Facts:
+    try:
+        return msgspec.json.decode(text or "{}", type=_Facts)
+    except msgspec.DecodeError as error:
+        raise CodecError(
+            f"payload's description is unreadable ({error}): sender and receiver disagree "
+            "about the codec; upgrade the older"
+        ) from error
+
+
+def _sorted_float32(weights: Mapping[str, Array]) -> Weights:
+    for name, tensor in weights.items():
+        if tensor.dtype != np.float32:
+            raise CodecError(f"tensor {name!r} is {tensor.dtype}; expected float32: convert it")
+    return {name: weights[name] for name in sorted(weights)}
+
+
+def _keep(weights: Weights, masks: Masks) -> tuple[Weights, dict[str, str]]:
+    """What of these weights travels, and the digests of the masks that decided it."""
+    kept, digests = dict(weights), {}
+    for name in sorted(masks.keys() & weights.keys()):
+        mask, tensor = masks[name], weights[name]
+        if mask.dtype != np.bool_ or mask.shape != tensor.shape:
+            raise CodecError(
+                f"mask of {name!r} is {mask.dtype} of shape {mask.shape}; "
+                f"expected bool of shape {tensor.shape}: build it for this model"
+            )
+        kept[name] = tensor[mask]
+        digests[name] = _mask_digest(mask)
+    return kept, digests
+
+
+def _mask_digest(mask: NDArray[np.bool_]) -> str:
+    shape = np.asarray(mask.shape, "<i8").tobytes()
+    return digest_of(shape + np.packbits(mask).tobytes())[:16]
+
+
+def _spread(name: str, flat: NDArray[np.float32], digest: str | None, masks: Masks) -> Array:
+    if digest is None:
+        return flat
+    mask = masks.get(name)
+    if mask is None or mask.dtype != np.bool_ or _mask_digest(mask) != digest:
+        raise CodecError(
+            f"tensor {name!r} travelled under mask {digest[:16]!r}, which this side does not "
+            "hold: both sides must use the mask of the same plan"
+        )
+    if flat.shape != (int(mask.sum()),):
+        raise CodecError(
+            f"tensor {name!r} has shape {flat.shape}; its mask keeps {int(mask.sum())} entries: "
+            "refuse it"
+        )
+    full = np.zeros(mask.shape, np.float32)
+    full[mask] = flat
+    return full
+
+
+def _quantise(
+    name: str, tensor: NDArray[np.float32], rng: np.random.Generator
+) -> tuple[NDArray[np.int8], float]:
+    largest = float(np.abs(tensor).max(initial=0.0))
+    if not np.isfinite(largest):
+        raise CodecError(
+            f"tensor {name!r} holds NaN or infinity, which int8 cannot say: "
+            "send it dense, or find out why training diverged"
+        )
+    scale = largest / _LEVELS
+    if scale == 0.0:
+        return np.zeros(tensor.shape, np.int8), 0.0
+    ratio = tensor.astype(np.float64) / scale
+    low = np.floor(ratio)
+    levels = low + (rng.random(tensor.shape) < ratio - low)
+    return np.clip(levels, -_LEVELS, _LEVELS).astype(np.int8), scale
+
+
+def _dequantise(name: str, tensor: Array, scale: float | None) -> NDArray[np.float32]:
+    if scale is None and tensor.dtype == np.float32:
+        return tensor
+    if scale is None or tensor.dtype != np.int8 or not 0.0 <= scale <= _LARGEST / _LEVELS:
+        raise CodecError(
+            f"tensor {name!r} is {tensor.dtype} with scale {scale}; expected float32 without, "
+            "or int8 with a finite scale: refuse it"
+        )
+    wide = np.clip(tensor.astype(np.float64) * scale, -_LARGEST, _LARGEST)
+    return wide.astype(np.float32)
