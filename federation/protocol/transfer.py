@@ -44,7 +44,7 @@ def content_of(data: bytes, chunk_bytes: int) -> Content:
 
 
 def check_content(content: Content) -> Content:
-    """The manifest itself, if it is one that can be transferred and named in a path or topic.
+    """The manifest itself, if it can be transferred and may name a file or a topic.
 
     Raises:
         TransferError: a digest that is not SHA-256 in hexadecimal, a size or chunk size out of
@@ -186,7 +186,6 @@ class _Patience:
 
     @property
     def limit_s(self) -> float:
-        # The exponent is bounded only to keep the float finite; the ceiling decides.
         grown_s = self._timeout_s * 2.0 ** min(self._silences, 16)
         return max(4 * self._usual_s, min(grown_s, max(LONGEST_SILENCE_S, self._timeout_s)))
 
@@ -220,10 +219,10 @@ class Download:
     def request(self, now: float) -> tuple[int, ...]:
         """The chunks to ask for now; empty while half the window or more is on its way."""
         limit_s = self._patience.limit_s
-        expired = [i for i, asked_at in self._asked_at.items() if now - asked_at >= limit_s]
+        expired = [i for i, asked_at in self._asked_at.items() if now >= asked_at + limit_s]
         for index in expired:
             del self._asked_at[index]
-        if expired and now - self._heard_at >= limit_s:
+        if expired and now >= self._heard_at + limit_s:
             self._patience.on_silence()
         if not expired and len(self._asked_at) > self._window // 2:
             return ()
@@ -260,8 +259,8 @@ class Upload:
     verdict is final; until then `wake_at` asks on.
 
     The window follows the acknowledgement time as TCP Vegas does (Brakmo and Peterson, 1994):
-    it grows while fewer than 2 chunks wait in queues on the way, shrinks above 4, and halves
-    when an acknowledgement fails to come.
+    it grows while fewer than 2 chunks wait in queues on the way (at first by one with each
+    acknowledgement), shrinks above 4, and halves when an acknowledgement fails to come.
     """
 
     def __init__(self, content: Content, data: bytes, *, window: int = 4, timeout_s: float = 10.0):
@@ -274,6 +273,7 @@ class Upload:
         self._window = float(window)
         self._patience = _Patience(timeout_s)
         self._quickest_s = float("inf")
+        self._is_probing = True
         self._since: float | None = None
         self._is_in_doubt = False
         self._sent_bits = self._spent_s = 0.0
@@ -306,10 +306,9 @@ class Upload:
 
     def on_ack(self, received: bytes, now: float) -> list[int]:
         """The chunks to send now (see `chunk`), given a bitmap of those received."""
-        have = _unpack(received, self.content.chunks)
-        fresh = have & self._unacked
-        lacking = _all(self.content.chunks) ^ have
-        self._unacked = lacking if self._is_in_doubt else self._unacked ^ fresh
+        lacking = _all(self.content.chunks) & ~_unpack(received, self.content.chunks)
+        fresh = self._unacked & ~lacking
+        self._unacked = lacking if self._is_in_doubt else self._unacked & lacking
         self._is_in_doubt = False
         if self._since is None:
             return []
@@ -348,14 +347,16 @@ class Upload:
     def _adapt(self, delay_s: float) -> None:
         self._quickest_s = min(self._quickest_s, delay_s)
         queued = self._window * (1 - self._quickest_s / delay_s) if delay_s > 0 else 0.0
+        self._is_probing = self._is_probing and queued < 2
         if queued < 2:
-            self._window = min(self._window + 1 / self._window, MAX_WINDOW)
+            growth = 1.0 if self._is_probing else 1 / self._window
+            self._window = min(self._window + growth, MAX_WINDOW)
         elif queued > 4:
             self._window = max(self._window - 1 / self._window, 2.0)
 
     def _expire(self, now: float) -> None:
         limit_s = self._patience.limit_s
-        lost = [i for i, sent_at in self._in_flight.items() if now - sent_at >= limit_s]
+        lost = [i for i, sent_at in self._in_flight.items() if now >= sent_at + limit_s]
         for index in lost:
             del self._in_flight[index]
         if lost:
