@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
+from federation.learning.methods import method_named
 
 from cloud.rounds import RoundPolicy
 from federation.errors import ConfigError, ProtocolError
-from federation.learning.methods import method_named
 from federation.protocol.messages import ModelSpec, Params
 from federation.protocol.topics import check_name
 

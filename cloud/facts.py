@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from cloud.config import RunPlan
 from cloud.rounds import Attempt, Status
-from federation.protocol.messages import Capability, Content, Release, Report
+from federation.protocol.messages import Capability, Content, Release, Report, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class UpdateRefused:
     attempt: str
     device: str
     digest: str
-    verdict: Literal["rejected", "too-late"]
+    verdict: Verdict
     reason: str
     at: float
 
@@ -242,7 +242,7 @@ class RunMemory:
     abandoned_in_a_row: int = 0
     attempts: dict[str, Attempt] = field(default_factory=dict)
     accepted: list[AcceptedMemory] = field(default_factory=list)
-    settled: dict[str, str] = field(default_factory=dict)
+    settled: dict[str, Verdict] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
 

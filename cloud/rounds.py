@@ -16,7 +16,14 @@ from federation.errors import ConfigError
 from federation.protocol.messages import Report
 
 Status = Literal[
-    "assigned", "accepted", "training", "received", "declined", "failed", "lost", "refused",
+    "assigned",
+    "accepted",
+    "training",
+    "received",
+    "declined",
+    "failed",
+    "lost",
+    "refused",
     "cancelled",
 ]
 """What became of an attempt. The first three, and `lost` within its grace, are still waited for."""
@@ -122,6 +129,18 @@ class Round:
         elif status == "received":
             self._received.add(attempt)
         return True
+
+    def restart(self, now: float) -> None:
+        """The hub has restarted: whoever is waited for is lost until heard of again.
+
+        The deadline is never longer than the policy's, whatever the clock did meanwhile.
+        """
+        for entry in self.attempts.values():
+            if entry.status in OPEN or entry.status == "lost":
+                entry.status, entry.reason, entry.lost_at = "lost", "the hub has restarted", now
+                self._open.discard(entry.attempt)
+                self._lost.add(entry.attempt)
+        self.deadline = min(self.deadline, now + self.policy.deadline_s)
 
     def receive(self, attempt: str, report: Report) -> None:
         """The update of this attempt is in and counts."""

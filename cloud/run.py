@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from federation.learning.aggregation import staleness_weight
+from federation.learning.methods import method_named
 
 from cloud.config import RunPlan
 from cloud.facts import RunMemory
 from cloud.rounds import Attempt, Round
-from federation.learning.aggregation import staleness_weight
-from federation.learning.methods import method_named
 from federation.protocol import codec
 from federation.protocol.codec import Weights
 from federation.protocol.messages import (
@@ -106,11 +106,12 @@ class ActiveRun:
             round=self.number,
             deadline_s=max(remaining_s, 0.0),
             base=self.content,
-            plan=self._local_plan(attempt.device),
+            plan=self.local_plan(attempt.device),
             inline=self.model if small else None,
         )
 
-    def _local_plan(self, device: str) -> LocalPlan:
+    def local_plan(self, device: str) -> LocalPlan:
+        """How this device trains in the open round."""
         training, method = self.plan.training, self.plan.method
         # A device's name is part of its seed, so no two devices draw the same batches, and a
         # device draws the same ones whoever else takes part.

@@ -23,6 +23,11 @@ INLINE_BYTES = 32 * 1024
 
 Params: TypeAlias = dict[str, float]
 
+Verdict: TypeAlias = Literal["open", "stored", "duplicate", "rejected", "too-late"]
+"""What an update is told; every verdict but `open` is final."""
+
+TaskState: TypeAlias = Literal["accepted", "declined", "training", "failed", "cancelled"]
+
 
 class Letter(msgspec.Struct, frozen=True, kw_only=True, tag_field="letter"):
     """What all letters share: a tag on the wire, and nothing else."""
@@ -130,7 +135,7 @@ class TaskEvent(Letter, frozen=True, kw_only=True, tag="task-event"):
     """What became of an assignment, short of its update."""
 
     attempt: str
-    event: Literal["accepted", "declined", "training", "failed", "cancelled"]
+    event: TaskState
     reason: str = ""
 
 
@@ -198,7 +203,7 @@ class UpdateAck(Letter, frozen=True, kw_only=True, tag="update-ack"):
     attempt: str
     digest: str
     received: bytes = b""
-    verdict: Literal["open", "stored", "duplicate", "rejected", "too-late"] = "open"
+    verdict: Verdict = "open"
     reason: str = ""
 
 

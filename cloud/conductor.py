@@ -1,0 +1,247 @@
+"""Opens and closes the rounds of the active run, one after the other.
+
+`advance` is the only place where a round opens or closes. It says until when there is nothing
+to do, and why.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from cloud.facts import (
+    AttemptChanged,
+    RoundAbandoned,
+    RoundClosed,
+    RoundOpened,
+    RunEnded,
+    Waiting,
+)
+from cloud.fleet import Fleet
+from cloud.outbox import Outbox
+from cloud.rounds import OPEN, Attempt, Status, Wait
+from cloud.run import ActiveRun, attempt_id, parse_attempt
+from federation.protocol import messages as m
+from optimizer.problem import Candidate, Selector
+
+RESEND_S = 10.0
+"""How long an assignment may stay unanswered before it is sent again."""
+
+WAIT_RECORD_S = 1.0
+"""A wait whose reason changes is written down at most this often."""
+
+
+class Conductor:
+    """Conducts the rounds of `run`; there is one active run at a time, or none."""
+
+    def __init__(
+        self, run: ActiveRun | None, *, fleet: Fleet, select: Selector, outbox: Outbox
+    ) -> None:
+        self.run = run
+        self._fleet = fleet
+        self._select = select
+        self._outbox = outbox
+        self._waits_for: tuple[str, int, str] = ("", 0, "")
+        self._told, self._told_at = "", 0.0
+        self._resend_at = float("inf")
+
+    def advance(self, now: float) -> float:
+        """Close, abandon and open rounds until there is something to wait for: until when."""
+        while (run := self.run) is not None:
+            if run.round is None:
+                if run.number >= run.plan.rounds:
+                    self.end("finished", f"all {run.plan.rounds} rounds are done", now)
+                elif not self._open_round(run, now) and self.run is run:
+                    return self._wait_for_devices(run, now)
+                continue
+            outcome = run.round.outcome(now)
+            if outcome == "wait":
+                told = self._note_wait("updates", run.round.wait, now)
+                return min(run.round.next_look(now), self._resend_at, told)
+            if outcome == "close":
+                self._close_round(run, now)
+            else:
+                self._abandon_round(run, now)
+        return float("inf")
+
+    def _open_round(self, run: ActiveRun, now: float) -> bool:
+        """Open the next round if enough devices are there, or the wait for them is over."""
+        policy, devices = run.plan.policy, self._fleet.devices
+        reasons = {name: self._fleet.why_not(name) for name in devices}
+        there = [name for name, reason in reasons.items() if not reason]
+        if run.gathering_since is None:
+            run.gathering_since = now
+        waited_enough = now >= run.gathering_since + policy.gather_s
+        if len(there) < policy.wanted and not (waited_enough and len(there) >= policy.quorum):
+            if waited_enough:
+                self._gather_again(run, len(there), now)
+            return False
+        candidates = [Candidate(name, devices[name].capability) for name in sorted(there)]
+        selection = self._select(candidates, policy.wanted, run.rng())
+        opened = run.open_round(selection.chosen, now)
+        excluded = {name: reason for name, reason in reasons.items() if reason}
+        self._outbox.note(
+            RoundOpened(
+                run=run.plan.name,
+                round=run.number,
+                base=run.content.digest,
+                deadline=opened.deadline,
+                attempts=tuple(opened.attempts.values()),
+                excluded=excluded | selection.excluded,
+                at=now,
+            )
+        )
+        for entry in opened.attempts.values():
+            self.assign(entry, now)
+        self._resend_at = now + RESEND_S
+        return True
+
+    def _gather_again(self, run: ActiveRun, there: int, now: float) -> None:
+        # Nobody was asked, so no round number is spent; the count keeps a run from waiting on.
+        policy = run.plan.policy
+        run.abandoned_in_a_row += 1
+        run.gathering_since = now
+        if run.abandoned_in_a_row > policy.max_abandoned:
+            reason = f"{there} devices after {policy.gather_s:g} s, quorum is {policy.quorum}"
+            self.end("failed", f"{reason}: {run.abandoned_in_a_row} times in a row", now)
+
+    def _wait_for_devices(self, run: ActiveRun, now: float) -> float:
+        policy = run.plan.policy
+        until = policy.gather_s + (now if run.gathering_since is None else run.gathering_since)
+
+        def describe(_: float) -> Wait:
+            there = sum(1 for name in self._fleet.devices if not self._fleet.why_not(name))
+            reason = f"{there} of {policy.wanted} devices are there, quorum is {policy.quorum}"
+            return Wait("devices", reason, until)
+
+        return min(until, self._note_wait("devices", describe, now))
+
+    def _close_round(self, run: ActiveRun, now: float) -> None:
+        self.cancel_rest(f"round {run.number} has closed", now)
+        devices, report = run.contributors, run.report()
+        run.close_round()
+        self._outbox.note(
+            RoundClosed(
+                run=run.plan.name,
+                round=run.number,
+                content=run.content,
+                model=run.model,
+                devices=devices,
+                report=report,
+                bytes_up=run.bytes_up,
+                bytes_down=run.bytes_down,
+                at=now,
+            )
+        )
+
+    def _abandon_round(self, run: ActiveRun, now: float) -> None:
+        reason = run.round.why_abandoned(now) if run.round is not None else ""
+        self.cancel_rest(f"round {run.number} was abandoned", now)
+        run.abandon_round()
+        self._outbox.note(
+            RoundAbandoned(run=run.plan.name, round=run.number, reason=reason, at=now)
+        )
+        if run.abandoned_in_a_row > run.plan.policy.max_abandoned:
+            self.end("failed", f"{run.abandoned_in_a_row} rounds in a row: {reason}", now)
+
+    def end(
+        self, status: Literal["finished", "failed", "stopped"], reason: str, now: float
+    ) -> None:
+        """End the active run."""
+        if self.run is not None:
+            self._outbox.note(
+                RunEnded(run=self.run.plan.name, status=status, reason=reason, at=now)
+            )
+            self.run = None
+
+    def assign(self, entry: Attempt, now: float) -> None:
+        """Ask a device to take its part in the open round."""
+        run = self.run
+        if run is None or run.round is None:
+            return
+        assignment = run.assignment(entry, run.round.deadline - now)
+        if assignment.inline is not None:
+            run.bytes_down += len(assignment.inline)
+        self._fleet.devices[entry.device].task = entry.attempt
+        self._outbox.say(assignment, entry.device)
+
+    def resend(self, now: float) -> None:
+        """Send assignments again that no device has answered: the first may have been lost."""
+        if now < self._resend_at:
+            return
+        self._resend_at = float("inf")
+        if self.run is None or self.run.round is None:
+            return
+        for entry in self.run.round.attempts.values():
+            if entry.status == "assigned" and self._fleet.is_there(entry.device):
+                self.assign(entry, now)
+                self._resend_at = now + RESEND_S
+
+    def cancel_rest(self, reason: str, now: float) -> None:
+        """Call off what is still open, unless a late update may count: then let them finish."""
+        run = self.run
+        if run is None or run.round is None:
+            return
+        for entry in run.round.missing(now):
+            if run.method_tolerates_late and entry.status != "assigned":
+                continue
+            self.mark(entry.attempt, "cancelled", reason, now)
+            self._outbox.say(m.Cancel(attempt=entry.attempt, reason=reason), entry.device)
+
+    def open_attempts(self, device: str) -> list[Attempt]:
+        """The device's part in the open round, if it is still waited for; at most one."""
+        if self.run is None or self.run.round is None:
+            return []
+        waited_for = ("assigned", "accepted", "training", "lost")
+        attempt = attempt_id(self.run.plan.name, self.run.number, device)
+        entry = self.run.round.attempts.get(attempt)
+        return [entry] if entry is not None and entry.status in waited_for else []
+
+    def mark(self, attempt: str, status: Status, reason: str, now: float) -> None:
+        """Note what became of an attempt, where it is of the open round and that is news."""
+        parsed = parse_attempt(attempt)
+        if parsed is None:
+            return
+        run, number, device = parsed
+        entry = self._fleet.devices.get(device)
+        if entry is not None and entry.task == attempt and status not in OPEN:
+            entry.task = None
+        opened = self.run.round if self.run is not None else None
+        if opened is not None and opened.mark(attempt, status, reason, now):
+            self._outbox.note(
+                AttemptChanged(
+                    run=run,
+                    round=number,
+                    attempt=attempt,
+                    device=device,
+                    status=status,
+                    reason=reason,
+                    at=now,
+                )
+            )
+
+    def _note_wait(self, name: str, describe: Callable[[float], Wait], now: float) -> float:
+        """Record what is waited for where that changed; when to look again otherwise.
+
+        Describing costs time that grows with the number of devices, so it is done once when
+        a wait begins and then at most every `WAIT_RECORD_S`.
+        """
+        run = self.run
+        if run is None:
+            return float("inf")
+        begun = (run.plan.name, run.number, name)
+        if begun == self._waits_for and now < self._told_at + WAIT_RECORD_S:
+            return self._told_at + WAIT_RECORD_S
+        wait = describe(now)
+        if begun == self._waits_for and wait.reason == self._told:
+            return float("inf")
+        self._waits_for, self._told, self._told_at = begun, wait.reason, now
+        self._outbox.note(
+            Waiting(
+                run=run.plan.name,
+                round=run.number,
+                name=wait.name,
+                reason=wait.reason,
+                until=wait.until,
+                at=now,
+            )
+        )
+        return float("inf")

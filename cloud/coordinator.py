@@ -1,0 +1,180 @@
+"""The hub as a state machine: it answers letters and time with effects, and does no I/O.
+
+The path of one round: `Conductor.advance` opens it and assigns; devices fetch the model
+(`_serve`) and send their updates, which `Intake` takes in; `advance` closes it once it is
+settled, and opens the next.
+"""
+
+from collections.abc import Callable
+
+from cloud.conductor import Conductor
+from cloud.config import RunPlan
+from cloud.facts import (
+    DeviceBorn,
+    HubFact,
+    HubMemory,
+    LetterRefused,
+    PresenceChanged,
+    Released,
+    RunMemory,
+    RunOpened,
+)
+from cloud.fleet import Fleet
+from cloud.intake import Intake
+from cloud.outbox import Outbox
+from cloud.run import CHUNK_BYTES, ActiveRun
+from federation.errors import ProtocolError
+from federation.protocol import messages as m
+from federation.protocol.effects import Effect, Link
+from federation.protocol.transfer import content_of, cut
+from optimizer.problem import Selector
+
+Effects = list[Effect[HubFact]]
+
+MAX_WANTED = 64
+"""At most this many chunks are served for one request."""
+
+
+class Coordinator:
+    """Coordinates one fleet. `read_content` gives a released or older model by its digest."""
+
+    def __init__(
+        self,
+        memory: HubMemory,
+        *,
+        select: Selector,
+        read_content: Callable[[str], bytes | None],
+    ) -> None:
+        self.fleet = Fleet(memory.devices)
+        self._outbox = Outbox()
+        run = ActiveRun(memory.run) if memory.run else None
+        self._conductor = Conductor(run, fleet=self.fleet, select=select, outbox=self._outbox)
+        self._intake = Intake(memory, conductor=self._conductor, outbox=self._outbox)
+        self._releases = dict(memory.releases)
+        self._read_content = read_content
+
+    @property
+    def run(self) -> ActiveRun | None:
+        """The active run, if there is one."""
+        return self._conductor.run
+
+    # The state machine's methods ----------------------------------------------------------
+
+    def start(self, now: float) -> Effects:
+        """Go on where the record ends. Devices are lost until they are heard of again."""
+        if self.run is not None and self.run.round is not None:
+            self.run.round.restart(now)
+        return self._finish(now)
+
+    def on_link(self, link: Link, now: float) -> Effects:
+        """The link came up: say that the hub is there. Devices answer with their births."""
+        if link.is_up:
+            self._outbox.say(m.HubState(online=True))
+            for release in self._releases.values():
+                self._outbox.say(release)
+        return self._finish(now)
+
+    def on_message(self, envelope: m.Envelope, now: float) -> Effects:
+        """A device's letter."""
+        device, letter = envelope.sender, envelope.body
+        match letter:
+            case m.Birth():
+                self._on_birth(device, envelope.epoch, letter, now)
+            case m.Presence():
+                self._on_presence(device, envelope.epoch, letter, now)
+            case _ if device not in self.fleet.devices:
+                self._outbox.say(m.Rebirth(reason="the hub does not know this device"), device)
+            case m.Heartbeat():
+                self.fleet.devices[device].progress = letter.progress
+            case m.TaskEvent():
+                if self._intake.owns(device, letter.attempt, now):
+                    self._conductor.mark(letter.attempt, letter.event, letter.reason, now)
+            case m.BlobRequest():
+                self._serve(device, letter)
+            case m.UpdateOpen():
+                self._intake.on_open(device, letter, now)
+            case m.UpdateChunk():
+                self._intake.on_chunk(device, letter, now)
+            case _:
+                reason = f"{type(letter).__name__} is not a letter for the hub"
+                self._outbox.note(LetterRefused(sender=device, reason=reason, at=now))
+        return self._finish(now)
+
+    def on_wake(self, now: float) -> Effects:
+        """Time passed: send unanswered assignments again, and see whether a wait is over."""
+        self._conductor.resend(now)
+        return self._finish(now)
+
+    # What the operator and the exporter ask -----------------------------------------------
+
+    def open_run(self, plan: RunPlan, model: bytes, now: float) -> Effects:
+        """Begin a run from these encoded initial weights; one run is active at a time."""
+        content = content_of(model, CHUNK_BYTES)
+        self._conductor.run = ActiveRun(RunMemory(plan=plan, content=content, model=model))
+        self._outbox.note(RunOpened(run=plan.name, content=content, model=model, at=now))
+        return self._finish(now)
+
+    def stop_run(self, run: str, now: float) -> Effects:
+        """End the active run before its time; the model of the last closed round stands."""
+        if self.run is not None and self.run.plan.name == run:
+            self._conductor.cancel_rest("the run was stopped", now)
+            self._conductor.end("stopped", "the operator stopped it", now)
+        return self._finish(now)
+
+    def on_released(self, release: m.Release, onnx: bytes, now: float) -> Effects:
+        """A model was exported: record it and tell all devices."""
+        self._releases[release.run] = release
+        self._outbox.note(Released(release=release, onnx=onnx, at=now))
+        self._outbox.say(release)
+        return self._finish(now)
+
+    def on_unreadable(self, sender: str, error: ProtocolError, now: float) -> Effects:
+        """A letter could not even be read: record that, go on."""
+        self._outbox.note(LetterRefused(sender=sender, reason=str(error), at=now))
+        return self._finish(now)
+
+    # Devices come and go, and fetch models ------------------------------------------------
+
+    def _on_birth(self, device: str, epoch: int, birth: m.Birth, now: float) -> None:
+        if not self.fleet.born(device, epoch, birth):
+            return
+        fact = DeviceBorn(device=device, epoch=epoch, capability=birth.capability, at=now)
+        self._outbox.note(fact)
+        mine = self._conductor.open_attempts(device)
+        for entry in mine:
+            if entry.attempt == birth.working or entry.attempt in birth.finished:
+                self._conductor.mark(entry.attempt, "accepted", "", now)
+            else:
+                self._conductor.mark(entry.attempt, "assigned", "", now)
+                self._conductor.assign(entry, now)
+        welcome = m.Welcome(open_attempts=tuple(entry.attempt for entry in mine))
+        self._outbox.say(welcome, device)
+
+    def _on_presence(self, device: str, epoch: int, presence: m.Presence, now: float) -> None:
+        if not self.fleet.present(device, epoch, presence):
+            return
+        fact = PresenceChanged(device=device, epoch=epoch, state=presence.state, at=now)
+        self._outbox.note(fact)
+        if presence.state != "ready":
+            for entry in self._conductor.open_attempts(device):
+                reason = self.fleet.why_not(device)
+                self._conductor.mark(entry.attempt, "lost", reason, now)
+
+    def _serve(self, device: str, request: m.BlobRequest) -> None:
+        content, run = request.content, self.run
+        data = run.model if run is not None and run.content.digest == content.digest else None
+        data = data if data is not None else self._read_content(content.digest)
+        if data is None or len(data) != content.size or content.chunk_bytes < 1024:
+            reason = "the hub has no such content: the run that needed it may be over"
+            self._outbox.say(m.BlobGone(digest=content.digest, reason=reason), device)
+            return
+        for index in request.wanted[:MAX_WANTED]:
+            if 0 <= index < content.chunks:
+                crc32, chunk = cut(data, content, index)
+                letter = m.BlobChunk(digest=content.digest, index=index, crc32=crc32, data=chunk)
+                self._outbox.say(letter, device)
+                if run is not None:
+                    run.bytes_down += len(chunk)
+
+    def _finish(self, now: float) -> Effects:
+        return self._outbox.take(self._conductor.advance(now))

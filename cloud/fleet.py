@@ -1,0 +1,66 @@
+"""Which devices the hub knows, and which of them are there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloud.facts import DeviceMemory
+from federation.protocol.messages import Birth, Capability, Presence
+
+AWAY = "away"
+"""Known from the record, not heard of since this hub started."""
+
+
+@dataclass(slots=True)
+class Device:
+    """One device as the hub sees it; `task` is the attempt in hand, `progress` how far it is."""
+
+    epoch: int
+    state: str
+    capability: Capability
+    task: str | None = None
+    progress: float = 0.0
+
+
+class Fleet:
+    """The devices by name. What an older epoch says of its presence is void."""
+
+    def __init__(self, memory: Mapping[str, DeviceMemory]) -> None:
+        self.devices = {
+            name: Device(kept.epoch, AWAY, kept.capability) for name, kept in memory.items()
+        }
+
+    def is_there(self, device: str) -> bool:
+        """Whether this device is known and its link is up."""
+        entry = self.devices.get(device)
+        return entry is not None and entry.state == "ready"
+
+    def born(self, device: str, epoch: int, birth: Birth) -> bool:
+        """A birth; False where a younger connection of the same device already spoke."""
+        entry = self.devices.get(device)
+        if entry is not None and epoch < entry.epoch:
+            return False
+        self.devices[device] = Device(epoch, "ready", birth.capability, birth.working)
+        return True
+
+    def present(self, device: str, epoch: int, presence: Presence) -> bool:
+        """A change of presence; False where it is void or changes nothing."""
+        entry = self.devices.get(device)
+        if entry is None or epoch < entry.epoch:
+            return False
+        if epoch == entry.epoch and presence.state == entry.state:
+            return False
+        entry.epoch, entry.state = epoch, presence.state
+        return True
+
+    def why_not(self, device: str) -> str:
+        """Why this device cannot be asked now; empty where it can."""
+        entry = self.devices[device]
+        reasons = {
+            "lost": "its link was lost",
+            "disconnected": "it said goodbye",
+            "draining": "it is being taken out of service",
+            AWAY: "not heard of since the hub started",
+        }
+        if entry.state != "ready":
+            return reasons.get(entry.state, f"it is {entry.state}")
+        return "" if entry.capability.trains else "it does not train, it only infers"

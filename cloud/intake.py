@@ -1,0 +1,201 @@
+"""Takes updates in: from the opening letter to the acknowledgement after the record.
+
+The path of one update: `on_open` and `on_chunk` gather its bytes, `_complete` checks the whole
+against the model it was made from, and an accepted one is recorded before it is acknowledged.
+"""
+
+from cloud import uploads as up
+from cloud.conductor import Conductor
+from cloud.facts import (
+    ChunkStored,
+    HubMemory,
+    LetterRefused,
+    UpdateAccepted,
+    UpdateRefused,
+)
+from cloud.outbox import Outbox
+from cloud.run import Contribution, parse_attempt
+from federation.errors import CodecError, TransferError
+from federation.protocol import messages as m
+from federation.protocol.messages import Verdict
+
+REMEMBERED_ROUNDS = 50
+
+
+class Intake:
+    """All updates on their way, and the verdicts on those of recent rounds."""
+
+    def __init__(self, memory: HubMemory, *, conductor: Conductor, outbox: Outbox) -> None:
+        self._uploads = up.Uploads(memory.uploads)
+        self._settled: dict[str, Verdict] = dict(memory.run.settled) if memory.run else {}
+        self._oldest_settled = 0
+        self._conductor = conductor
+        self._outbox = outbox
+
+    def on_open(self, device: str, letter: m.UpdateOpen, now: float) -> None:
+        """An update is about to travel: say what has arrived of it, or that it need not."""
+        if not self.owns(device, letter.attempt, now):
+            return
+        verdict, reason = self._standing(letter.attempt)
+        if verdict == "too-late" and letter.attempt not in self._settled:
+            self._refuse(device, letter.attempt, letter.content.digest, verdict, reason, now)
+            return
+        if verdict != "open":
+            self._acknowledge(device, letter.attempt, letter.content.digest, verdict, reason)
+            return
+        try:
+            up.check_announced(letter, self._largest_update())
+            upload = self._uploads.open(letter)
+            if letter.inline is not None:
+                self._take(upload, up.inline_chunk(letter))
+        except TransferError as error:
+            digest = letter.content.digest
+            self._refuse(device, letter.attempt, digest, "rejected", str(error), now)
+            return
+        self._after_arrival(device, letter.attempt, upload, now)
+
+    def on_chunk(self, device: str, letter: m.UpdateChunk, now: float) -> None:
+        """A chunk of an update: store it, acknowledge it, and see whether that was the last."""
+        if not self.owns(device, letter.attempt, now):
+            return
+        upload = self._uploads.get(letter.attempt, letter.digest)
+        if upload is None:
+            # Nothing is known of this content: the device asks again with an opening letter.
+            if letter.attempt in self._settled:
+                verdict, reason = self._standing(letter.attempt)
+                self._acknowledge(device, letter.attempt, letter.digest, verdict, reason)
+            return
+        try:
+            self._take(upload, letter)
+        except TransferError as error:
+            self._refuse_letter(device, str(error), now)
+        self._after_arrival(device, letter.attempt, upload, now)
+
+    def _take(self, upload: up.Upload, chunk: m.UpdateChunk) -> None:
+        if not upload.incoming.add(chunk.index, chunk.crc32, chunk.data):
+            return
+        if self._conductor.run is not None:
+            self._conductor.run.bytes_up += len(chunk.data)
+        self._outbox.note(
+            ChunkStored(
+                attempt=chunk.attempt,
+                content=upload.content,
+                index=chunk.index,
+                data=chunk.data,
+                report=upload.report,
+            )
+        )
+
+    def _after_arrival(self, device: str, attempt: str, upload: up.Upload, now: float) -> None:
+        if upload.incoming.is_complete:
+            self._complete(device, attempt, upload, now)
+            return
+        digest, received = upload.content.digest, upload.incoming.received
+        self._outbox.say(m.UpdateAck(attempt=attempt, digest=digest, received=received), device)
+
+    def _complete(self, device: str, attempt: str, upload: up.Upload, now: float) -> None:
+        digest, run = upload.content.digest, self._conductor.run
+        parsed = parse_attempt(attempt)
+        if run is None or parsed is None:
+            return
+        try:
+            data = upload.incoming.assemble()
+            update = up.read_update(data, run.weights, run.local_plan(device))
+        except TransferError as error:
+            if self._uploads.restart(attempt):
+                self._refuse_letter(device, str(error), now)
+                self._outbox.say(m.UpdateAck(attempt=attempt, digest=digest), device)
+            else:
+                self._refuse(device, attempt, digest, "rejected", str(error), now)
+            return
+        except CodecError as error:
+            self._refuse(device, attempt, digest, "rejected", str(error), now)
+            return
+        number = parsed[1]
+        run.contribute(Contribution(attempt, device, number, update, upload.report))
+        if run.round is not None and attempt in run.round.attempts:
+            run.round.receive(attempt, upload.report)
+        self._uploads.forget(attempt)
+        self._settle(attempt, "stored")
+        self._outbox.note(
+            UpdateAccepted(
+                attempt=attempt,
+                run=run.plan.name,
+                round=number,
+                device=device,
+                content=upload.content,
+                report=upload.report,
+                counts_in=run.number if run.round is not None else run.number + 1,
+                at=now,
+            )
+        )
+        self._acknowledge(device, attempt, digest, "stored", "")
+
+    def _standing(self, attempt: str) -> tuple[Verdict, str]:
+        """What an update of this attempt may expect: to be taken, or a verdict at once."""
+        if attempt in self._settled:
+            verdict = self._settled[attempt]
+            return ("duplicate", "stored already") if verdict == "stored" else (verdict, "")
+        run, parsed = self._conductor.run, parse_attempt(attempt)
+        if run is None or parsed is None or parsed[0] != run.plan.name:
+            return "too-late", "its run is over"
+        if run.round is not None and attempt in run.round.attempts:
+            return "open", ""
+        if parsed[1] <= run.number and run.method_tolerates_late:
+            return "open", ""
+        return "too-late", f"round {parsed[1]} is over; round {run.number} is the newest"
+
+    def _settle(self, attempt: str, verdict: Verdict) -> None:
+        """Remember a verdict for a while, so that an update that comes again hears it."""
+        self._settled[attempt] = verdict
+        newest = self._conductor.run.number if self._conductor.run is not None else 0
+        if newest - self._oldest_settled > 2 * REMEMBERED_ROUNDS:
+            self._oldest_settled = newest - REMEMBERED_ROUNDS
+            self._settled = {
+                a: v for a, v in self._settled.items() if _number(a) >= self._oldest_settled
+            }
+
+    def _largest_update(self) -> int:
+        # An update is at most as large as the model, plus a header with other names.
+        return (self._conductor.run.content.size if self._conductor.run else 0) * 11 // 10 + 65536
+
+    def _acknowledge(
+        self, device: str, attempt: str, digest: str, verdict: Verdict, reason: str
+    ) -> None:
+        letter = m.UpdateAck(attempt=attempt, digest=digest, verdict=verdict, reason=reason)
+        self._outbox.say(letter, device)
+
+    def _refuse(
+        self, device: str, attempt: str, digest: str, verdict: Verdict, reason: str, now: float
+    ) -> None:
+        self._uploads.forget(attempt)
+        self._settle(attempt, verdict)
+        self._outbox.note(
+            UpdateRefused(
+                attempt=attempt,
+                device=device,
+                digest=digest,
+                verdict=verdict,
+                reason=reason,
+                at=now,
+            )
+        )
+        if verdict == "rejected":
+            self._conductor.mark(attempt, "refused", reason, now)
+        self._acknowledge(device, attempt, digest, verdict, reason)
+
+    def _refuse_letter(self, sender: str, reason: str, now: float) -> None:
+        self._outbox.note(LetterRefused(sender=sender, reason=reason, at=now))
+
+    def owns(self, device: str, attempt: str, now: float) -> bool:
+        """Whether this attempt is the device's own; if not, that is recorded."""
+        parsed = parse_attempt(attempt)
+        if parsed is not None and parsed[2] == device:
+            return True
+        self._refuse_letter(device, f"attempt {attempt[:80]!r} does not belong to {device}", now)
+        return False
+
+
+def _number(attempt: str) -> int:
+    parsed = parse_attempt(attempt)
+    return parsed[1] if parsed is not None else 0

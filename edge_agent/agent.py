@@ -1,0 +1,307 @@
+"""A device as a state machine: it answers letters and time with effects, and does no I/O.
+
+The path of one update: an `Assignment` is kept, its base model is fetched (`_fetch`), trained
+from (`Train`), and what comes back (`on_trained`) is kept and uploaded until the hub's own
+acknowledgement lets go of it (`_on_ack`).
+"""
+
+import random
+from dataclasses import dataclass
+
+X
+from edge_agent.fetching import Fetching
+from edge_agent.uploading import Outgoing
+from federation.errors import TransferError
+from federation.protocol import messages as m
+from federation.protocol.effects import (
+    Effect,
+    Link,
+    Record,
+    Send,
+    StopTraining,
+    Train,
+    Trained,
+    WakeAt,
+)
+
+Effects = list[Effect[AgentFact]]
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """How an agent behaves on its link; times in seconds.
+
+    `timeout_s` is the first patience with an unanswered transfer. After the hub came back, a
+    device says its birth within `birth_spread_s`, drawn at random, so that a fleet does not
+    speak all at once.
+    """
+
+    heartbeat_s: float = 30.0
+    keepalive_s: float = 30.0
+    timeout_s: float = 10.0
+    birth_spread_s: float = 0.5
+
+
+class Agent:
+    """One device of a fleet. `held` is what its journal gave back."""
+
+    def __init__(
+        self,
+        device: str,
+        capability: m.Capability,
+        held: Held,
+        *,
+        settings: AgentSettings,
+        rng: random.Random,
+    ) -> None:
+        self.device = device
+        self.assignment = held.assignment
+        self.progress = 0.0
+        self.release = held.release
+        self._capability = capability
+        self._settings = settings
+        self._rng = rng
+        self._link = Link(is_up=False, epoch=0)
+        self._hub_epoch = -1
+        self._hub_is_online = False
+        self._is_introduced = False
+        self._deadline = float("inf")
+        self._wanted: m.Release | None = None
+        self._fetching = Fetching(held.parts, settings.timeout_s)
+        self._outgoing = Outgoing(held.updates, settings.timeout_s)
+        if self.assignment is not None and self.assignment.attempt in held.updates:
+            self.assignment = None
+        self._birth_at = self._heartbeat_at = float("inf")
+        self._started_at = 0.0
+        self._out: Effects = []
+
+    # The state machine's methods ----------------------------------------------------------
+
+    def start(self, now: float) -> Effects:
+        """Go on where the journal ends: fetch on, train on, or upload on."""
+        self._started_at = now
+        self._heartbeat_at = now + self._settings.heartbeat_s
+        if self.assignment is not None:
+            # How long the device was away is not known; the hub will call it off if too long.
+            self._deadline = now + self.assignment.deadline_s
+            self._fetch(self.assignment)
+        return self._finish(now)
+
+    def on_link(self, link: Link, now: float) -> Effects:
+        """The link came up: say that this device is here. The hub's state will come next."""
+        self._link = link
+        self._is_introduced = False
+        if link.is_up:
+            self._say(m.Presence(state="ready"))
+            self._fetching.on_link_up()
+        return self._finish(now)
+
+    def on_message(self, envelope: m.Envelope, now: float) -> Effects:
+        """A letter of the hub. What a hub said that has been replaced is void."""
+        if envelope.epoch >= self._hub_epoch:
+            self._take(envelope, now)
+        return self._finish(now)
+
+    def _take(self, envelope: m.Envelope, now: float) -> None:
+        match envelope.body:
+            case m.HubState() as letter:
+                self._on_hub_state(envelope.epoch, letter, now)
+            case m.Assignment() as letter:
+                self._on_assignment(letter, now)
+            case m.Cancel() as letter:
+                self._abandon(letter.attempt, "")
+            case m.Welcome() as letter:
+                self._on_welcome(letter)
+            case m.BlobChunk() as letter:
+                self._on_chunk(letter, now)
+            case m.BlobGone() as letter:
+                self._on_gone(letter)
+            case m.UpdateAck() as letter:
+                self._on_ack(letter, now)
+            case m.Rebirth():
+                self._introduce(now)
+            case m.Release() as letter:
+                self._on_release(letter)
+
+    def on_trained(self, trained: Trained, now: float) -> Effects:
+        """Training ended: keep the update and send it, or say why there is none."""
+        assignment = self.assignment
+        if assignment is None or assignment.attempt != trained.attempt:
+            return self._finish(now)
+        if trained.failure:
+            self._event(trained.attempt, "failed", trained.failure)
+            self._forget_assignment(assignment)
+            return self._finish(now)
+        kept = self._outgoing.keep(trained, self._settings.keepalive_s, self._link.max_payload)
+        self._note(kept)
+        self._forget_assignment(assignment)
+        if self._can_talk:
+            self._out.extend(self._outgoing.open(kept.attempt, self.device, now))
+        return self._finish(now)
+
+    def on_wake(self, now: float) -> Effects:
+        """Time passed: repeat what went unanswered, show a sign of life, give up what is late."""
+        if self.assignment is not None and now >= self._deadline:
+            self._abandon(self.assignment.attempt, "the deadline has passed")
+        if now >= self._birth_at:
+            self._introduce(now)
+        if now >= self._heartbeat_at:
+            self._heartbeat_at = now + self._settings.heartbeat_s
+            self._say_heartbeat(now)
+        if self._can_talk:
+            self._out.extend(self._outgoing.on_wake(self.device, now))
+        return self._finish(now)
+
+    # What the hub says --------------------------------------------------------------------
+
+    def _on_hub_state(self, epoch: int, letter: m.HubState, now: float) -> None:
+        has_restarted = epoch > self._hub_epoch or not self._hub_is_online
+        self._hub_epoch, self._hub_is_online = epoch, letter.online
+        if not letter.online:
+            return
+        if not self._is_introduced:
+            self._introduce(now)
+        elif has_restarted:
+            # It may have missed anything; a whole fleet hears this at the same moment.
+            self._birth_at = now + self._rng.uniform(0.0, self._settings.birth_spread_s)
+
+    def _introduce(self, now: float) -> None:
+        """Say what this device is and holds, and begin all its transfers again."""
+        self._birth_at = float("inf")
+        self._is_introduced = True
+        birth = m.Birth(
+            capability=self._capability,
+            working=self.assignment.attempt if self.assignment is not None else None,
+            finished=self._outgoing.attempts,
+            release=self.release.content.digest if self.release is not None else None,
+        )
+        self._say(birth)
+        self._out.extend(self._outgoing.open_all(self.device, now))
+
+    def _on_welcome(self, letter: m.Welcome) -> None:
+        in_hand = self.assignment
+        if in_hand is not None and in_hand.attempt not in letter.open_attempts:
+            self._abandon(in_hand.attempt, "")
+
+    def _on_assignment(self, letter: m.Assignment, now: float) -> None:
+        in_hand = self.assignment is not None and self.assignment.attempt == letter.attempt
+        if in_hand or self._outgoing.holds(letter.attempt):
+            self._event(letter.attempt, "accepted")
+            return
+        if not self._capability.trains:
+            self._event(letter.attempt, "declined", "this device does not train, it only infers")
+            return
+        if self.assignment is not None:
+            # The hub gives one task at a time: it no longer waits for the one in hand.
+            self._abandon(self.assignment.attempt, "")
+        self.assignment = letter
+        self._deadline = now + letter.deadline_s
+        self._note(AssignmentKept(letter))
+        self._event(letter.attempt, "accepted")
+        self._fetch(letter)
+
+    def _on_ack(self, letter: m.UpdateAck, now: float) -> None:
+        if letter.verdict == "open":
+            self._out.extend(self._outgoing.on_ack(letter, self.device, now))
+        elif self._outgoing.forget(letter.attempt, letter.digest):
+            self._note(UpdateForgotten(letter.attempt))
+
+    # Fetching -----------------------------------------------------------------------------
+
+    def _fetch(self, assignment: m.Assignment) -> None:
+        """Train at once if the base is here, else begin or go on fetching it."""
+        try:
+            base = assignment.inline or self._fetching.begin(assignment.base)
+        except TransferError as error:
+            self._event(assignment.attempt, "failed", str(error))
+            self._forget_assignment(assignment)
+            return
+        if base is not None:
+            self._train(assignment, base)
+
+    def _train(self, assignment: m.Assignment, base: bytes) -> None:
+        self._event(assignment.attempt, "training")
+        self._out.append(Train(assignment, base))
+
+    def _on_chunk(self, letter: m.BlobChunk, now: float) -> None:
+        data, facts = self._fetching.on_chunk(letter, now)
+        for fact in facts:
+            self._note(fact)
+        if data is None:
+            return
+        if self.assignment is not None and self.assignment.base.digest == letter.digest:
+            self._train(self.assignment, data)
+        elif self._wanted is not None and self._wanted.content.digest == letter.digest:
+            self._install(self._wanted, data)
+
+    def _on_gone(self, letter: m.BlobGone) -> None:
+        self._fetching.forget(letter.digest)
+        self._note(ContentForgotten(letter.digest))
+        if self.assignment is not None and self.assignment.base.digest == letter.digest:
+            self._abandon(self.assignment.attempt, letter.reason)
+
+    def _on_release(self, letter: m.Release) -> None:
+        if not self._capability.infers or letter in (self.release, self._wanted):
+            return
+        try:
+            data = self._fetching.begin(letter.content)
+        except TransferError:
+            return  # The hub names a content that cannot be: there is nothing to fetch.
+        self._wanted = letter
+        if data is not None:
+            self._install(letter, data)
+
+    def _install(self, release: m.Release, data: bytes) -> None:
+        self.release, self._wanted = release, None
+        self._note(ReleaseKept(release, data))
+        self._note(ContentForgotten(release.content.digest))
+
+    # Small matters ------------------------------------------------------------------------
+
+    @property
+    def _can_talk(self) -> bool:
+        return self._link.is_up and self._hub_is_online
+
+    def _abandon(self, attempt: str, reason: str) -> None:
+        """Drop the assignment in hand; tell the hub why unless it knows."""
+        assignment = self.assignment
+        if assignment is None or assignment.attempt != attempt:
+            return
+        self._out.append(StopTraining(attempt))
+        if reason:
+            self._event(attempt, "cancelled", reason)
+        self._forget_assignment(assignment)
+
+    def _forget_assignment(self, assignment: m.Assignment) -> None:
+        self.assignment, self.progress = None, 0.0
+        self._deadline = float("inf")
+        self._fetching.forget(assignment.base.digest)
+        self._note(AssignmentForgotten(assignment.attempt))
+        if assignment.inline is None:
+            self._note(ContentForgotten(assignment.base.digest))
+
+    def _say_heartbeat(self, now: float) -> None:
+        attempt = self.assignment.attempt if self.assignment is not None else None
+        uptime_s = now - self._started_at
+        self._say(m.Heartbeat(attempt=attempt, progress=self.progress, uptime_s=uptime_s))
+
+    def _event(self, attempt: str, event: m.TaskState, reason: str = "") -> None:
+        self._say(m.TaskEvent(attempt=attempt, event=event, reason=reason[:500]))
+
+    def _say(self, letter: m.AnyLetter) -> None:
+        if self._link.is_up:
+            self._out.append(Send(letter, self.device))
+
+    def _note(self, fact: AgentFact) -> None:
+        self._out.append(Record(fact))
+
+    def _finish(self, now: float) -> Effects:
+        """Ask for what is missing, and hand over what is to be done until the next look."""
+        waits = [self._deadline, self._birth_at, self._heartbeat_at]
+        if self._can_talk:
+            for request in self._fetching.requests(now):
+                self._say(request)
+            waits += self._outgoing.wakes + self._fetching.wakes
+        self._out.append(WakeAt(max(min(waits), now)))
+        out, self._out = self._out, []
+        return out

@@ -1,0 +1,79 @@
+"""Content on its way down: base models and releases, pulled chunk by chunk."""
+
+from collections.abc import Iterator, Mapping
+
+from edge_agent.facts import AgentFact, ChunkKept, ContentForgotten
+from federation.errors import TransferError
+from federation.protocol.messages import BlobChunk, BlobRequest, Content
+from federation.protocol.transfer import Download, Incoming
+
+
+class Fetching:
+    """The downloads under way, by digest. `parts` is what the journal gave back."""
+
+    def __init__(self, parts: Mapping[str, Mapping[int, bytes]], timeout_s: float) -> None:
+        self._parts = dict(parts)
+        self._timeout_s = timeout_s
+        self._downloads: dict[str, Download] = {}
+
+    @property
+    def wakes(self) -> list[float]:
+        """When the downloads want to be looked at."""
+        wakes = [download.wake_at for download in self._downloads.values()]
+        return [wake for wake in wakes if wake is not None]
+
+    def begin(self, content: Content) -> bytes | None:
+        """Begin or go on; the whole content where nothing of it is missing.
+
+        Raises:
+            TransferError: the content is not one that can be transferred.
+        """
+        incoming = Incoming(content, self._parts.pop(content.digest, {}))
+        self._downloads[content.digest] = Download(incoming, timeout_s=self._timeout_s)
+        return self._take_whole(content.digest)[0] if incoming.is_complete else None
+
+    def forget(self, digest: str) -> None:
+        """This content is no longer wanted."""
+        self._downloads.pop(digest, None)
+        self._parts.pop(digest, None)
+
+    def on_link_up(self) -> None:
+        """A new connection: what was asked for on the last one is void."""
+        for download in self._downloads.values():
+            download.on_link_up()
+
+    def requests(self, now: float) -> Iterator[BlobRequest]:
+        """Questions for chunks that are missing and not on their way."""
+        for download in self._downloads.values():
+            wanted = download.request(now)
+            if wanted:
+                yield BlobRequest(content=download.incoming.content, wanted=wanted)
+
+    def on_chunk(self, letter: BlobChunk, now: float) -> tuple[bytes | None, list[AgentFact]]:
+        """Take a chunk in: the whole content if that was the last, and what to write down."""
+        download = self._downloads.get(letter.digest)
+        if download is None:
+            return None, []
+        try:
+            if not download.on_chunk(letter.index, letter.crc32, letter.data, now):
+                return None, []
+        except TransferError:
+            return None, []  # It is asked for again when its time is up.
+        facts: list[AgentFact] = [ChunkKept(download.incoming.content, letter.index, letter.data)]
+        if not download.incoming.is_complete:
+            return None, facts
+        data, more = self._take_whole(letter.digest)
+        return data, facts + more
+
+    def _take_whole(self, digest: str) -> tuple[bytes | None, list[AgentFact]]:
+        incoming = self._downloads[digest].incoming
+        try:
+            data = incoming.assemble()
+        except TransferError:
+            # Every chunk was sound and the whole is not: begin again from nothing.
+            self._downloads[digest] = Download(
+                Incoming(incoming.content), timeout_s=self._timeout_s
+            )
+            return None, [ContentForgotten(digest)]
+        del self._downloads[digest]
+        return data, []

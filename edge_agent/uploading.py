@@ -1,0 +1,98 @@
+"""Finished updates on their way to the hub: kept until it has answered for each of them."""
+
+from collections.abc import Iterator, Mapping
+
+from edge_agent.facts import UpdateKept
+from federation.protocol.effects import Send, Trained
+from federation.protocol.messages import INLINE_BYTES, UpdateAck, UpdateChunk, UpdateOpen
+from federation.protocol.transfer import Upload, chunk_size, content_of
+
+
+class Outgoing:
+    """The updates that are kept, and the state of their transfers, by attempt."""
+
+    def __init__(self, kept: Mapping[str, UpdateKept], timeout_s: float) -> None:
+        self._kept = dict(kept)
+        self._timeout_s = timeout_s
+        self._uploads = {attempt: self._upload(update) for attempt, update in kept.items()}
+        self._link_bps = 0.0
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """The attempts whose updates are kept."""
+        return tuple(sorted(self._kept))
+
+    @property
+    def wakes(self) -> list[float]:
+        """When the transfers want to be looked at."""
+        return [upload.wake_at for upload in self._uploads.values() if upload.wake_at is not None]
+
+    def holds(self, attempt: str) -> bool:
+        """Whether this attempt is finished and not yet answered for."""
+        return attempt in self._kept
+
+    def keep(self, trained: Trained, keepalive_s: float, max_payload: int) -> UpdateKept:
+        """Take a finished update in, cut for the link as it has been of late."""
+        size = chunk_size(link_bps=self._link_bps, keepalive_s=keepalive_s, max_payload=max_payload)
+        if len(trained.update) <= INLINE_BYTES:
+            size = max(len(trained.update), 1)
+        content = content_of(trained.update, size)
+        update = UpdateKept(trained.attempt, content, trained.report, trained.update)
+        self._kept[trained.attempt] = update
+        self._uploads[trained.attempt] = self._upload(update)
+        return update
+
+    def open(self, attempt: str, device: str, now: float) -> Iterator[Send]:
+        """Say that this update is about to travel; a small one rides along."""
+        update, upload = self._kept[attempt], self._uploads[attempt]
+        upload.open(now)
+        yield self._opening(update, device)
+
+    def open_all(self, device: str, now: float) -> Iterator[Send]:
+        """Begin every transfer again, as after a new connection."""
+        for attempt in self.attempts:
+            yield from self.open(attempt, device, now)
+
+    def on_ack(self, ack: UpdateAck, device: str, now: float) -> Iterator[Send]:
+        """The hub has some chunks: send the next ones."""
+        upload = self._uploads.get(ack.attempt)
+        if upload is None or upload.content.digest != ack.digest:
+            return
+        indices = upload.on_ack(ack.received, now)
+        self._link_bps = upload.rate_bps or self._link_bps
+        for index in indices:
+            crc32, data = upload.chunk(index)
+            chunk = UpdateChunk(
+                attempt=ack.attempt, digest=ack.digest, index=index, crc32=crc32, data=data
+            )
+            yield Send(chunk, device)
+
+    def on_wake(self, device: str, now: float) -> Iterator[Send]:
+        """Ask again where the hub has been silent for too long; begin what never began."""
+        for attempt in self.attempts:
+            upload = self._uploads[attempt]
+            if upload.wake_at is None:
+                yield from self.open(attempt, device, now)
+            elif upload.on_timeout(now):
+                yield self._opening(self._kept[attempt], device)
+
+    def forget(self, attempt: str, digest: str) -> bool:
+        """The hub has answered for this update; False where it is not the one that is kept."""
+        kept = self._kept.get(attempt)
+        if kept is None or kept.content.digest != digest:
+            return False
+        del self._kept[attempt], self._uploads[attempt]
+        return True
+
+    def _opening(self, update: UpdateKept, device: str) -> Send:
+        small = update.content.size <= INLINE_BYTES
+        letter = UpdateOpen(
+            attempt=update.attempt,
+            content=update.content,
+            report=update.report,
+            inline=update.data if small else None,
+        )
+        return Send(letter, device)
+
+    def _upload(self, update: UpdateKept) -> Upload:
+        return Upload(update.content, update.data, timeout_s=self._timeout_s)
