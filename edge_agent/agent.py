@@ -8,7 +8,15 @@ acknowledgement lets go of it (`_on_ack`).
 import random
 from dataclasses import dataclass
 
-X
+from edge_agent.facts import (
+    AgentFact,
+    AssignmentForgotten,
+    AssignmentKept,
+    ContentForgotten,
+    Held,
+    ReleaseKept,
+    UpdateForgotten,
+)
 from edge_agent.fetching import Fetching
 from edge_agent.uploading import Outgoing
 from federation.errors import TransferError
@@ -122,6 +130,8 @@ class Agent:
                 self._introduce(now)
             case m.Release() as letter:
                 self._on_release(letter)
+            case _:
+                pass  # What devices say is not for devices.
 
     def on_trained(self, trained: Trained, now: float) -> Effects:
         """Training ended: keep the update and send it, or say why there is none."""
