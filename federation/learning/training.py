@@ -1,0 +1,325 @@
+"""The one training loop: devices, hub and simulation all call `train_locally`.
+
+Plain SGD on weights that lie in one flat vector, so an update of all of them is three
+operations, whatever the number of tensors. The order of batches is a function of the plan's
+seed and the epoch alone, and a checkpoint holds all state: a run resumed at any batch gives
+the same bits as one left undisturbed. Torch is imported when there is something to train.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from federation.errors import CodecError, TrainingError
+from federation.learning.data import LocalData
+from federation.learning.methods import method_named
+from federation.protocol.codec import Weights, pack, unpack
+from federation.protocol.messages import LocalPlan, Report
+
+if TYPE_CHECKING:
+    import torch
+
+    from federation.learning.losses import Objective
+
+
+class StoppedError(TrainingError):
+    """Training was asked to stop, and did so between two batches."""
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far training is: steps and samples done, sums over those samples, seconds spent."""
+
+    steps: int = 0
+    seen: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """All state between two batches; `velocity` is the momentum, (P,), in `weights` order."""
+
+    weights: Weights
+    velocity: NDArray[np.float32]
+    progress: Progress
+
+    def to_bytes(self) -> bytes:
+        """The checkpoint as one safetensors file."""
+        tensors = {f"weights/{name}": tensor for name, tensor in self.weights.items()}
+        order = list(self.weights)
+        facts = msgspec.json.encode((order, self.progress)).decode()
+        return pack({**tensors, "velocity": self.velocity}, facts)
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> "Checkpoint":
+        """The checkpoint in these bytes.
+
+        Raises:
+            CodecError: bytes that are not a checkpoint.
+        """
+        tensors, facts = unpack(payload)
+        try:
+            order, progress = msgspec.json.decode(facts, type=tuple[list[str], Progress])
+            weights = {name: tensors[f"weights/{name}"] for name in order}
+            return cls(weights, tensors["velocity"], progress)
+        except (msgspec.DecodeError, KeyError) as error:
+            raise CodecError(
+                f"bytes are tensors but no checkpoint ({error}): start over"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class LocalResult:
+    """The trained weights, and what training them took."""
+
+    weights: Weights
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """Who watches a training: called between batches, on the thread that trains.
+
+    `on_step` gets the steps done and the steps in all. `save` gets a checkpoint at most
+    every `save_every_s` seconds. `clock` gives seconds; it decides what is reported and
+    when is saved, and never the weights.
+    """
+
+    on_step: Callable[[int, int], None] | None = None
+    should_stop: Callable[[], bool] | None = None
+    save: Callable[[Checkpoint], None] | None = None
+    save_every_s: float = 5.0
+    clock: Callable[[], float] = time.monotonic
+
+
+UNWATCHED = Supervision()
+
+
+def train_locally(
+    weights: Weights,
+    data: LocalData,
+    plan: LocalPlan,
+    *,
+    supervision: Supervision = UNWATCHED,
+    resume: Checkpoint | None = None,
+) -> LocalResult:
+    """Train these weights on local data as the plan says.
+
+    In the report, `samples` counts the local samples; `loss_sum` and `correct` are means
+    over all samples seen, each before its step, times `samples`: as if over one epoch.
+
+    Args:
+        weights: the base; it is not changed.
+        data: local samples, labels from 0.
+        plan: how to train. With no epochs the base comes back as it is.
+        supervision: who is told of progress, may stop the training, and keeps checkpoints.
+        resume: a checkpoint of a training with the same weights, data and plan.
+
+    Raises:
+        StoppedError: `should_stop` said so.
+        TrainingError: no data, samples or labels that do not fit the model, a plan out of
+            range, or a loss that is not finite.
+        ConfigError: a model or method that does not exist, or numbers it does not know.
+    """
+    total = total_steps(plan, data.samples)
+    if plan.epochs == 0:
+        return LocalResult(dict(weights), Report(samples=data.samples))
+    from federation.learning.models import check_samples
+
+    check_samples(plan.model, data)
+    run = _Run(weights, data, plan, resume)
+    progress = _loop(run, total, supervision)
+    trained = run.weights()
+    _check_finite(trained)
+    scale = data.samples / progress.seen
+    report = Report(
+        samples=data.samples,
+        steps=progress.steps,
+        loss_sum=progress.loss_sum * scale,
+        correct=round(progress.correct * scale),
+        seconds=progress.seconds,
+    )
+    return LocalResult(trained, report)
+
+
+def total_steps(plan: LocalPlan, samples: int) -> int:
+    """How many batches the plan comes to with this many samples.
+
+    Raises:
+        TrainingError: a plan whose numbers are out of range.
+    """
+    _check_plan(plan)
+    steps = plan.epochs * math.ceil(samples / plan.batch_size)
+    return min(steps, plan.max_steps) if plan.max_steps else steps
+
+
+def batches(plan: LocalPlan, samples: int, start: int = 0) -> Iterator[NDArray[np.int64]]:
+    """The samples of each batch, beginning with batch `start`; the order is new each epoch.
+
+    A function of the plan's seed and the epoch: no state is carried from batch to batch.
+    """
+    total, each = total_steps(plan, samples), math.ceil(samples / plan.batch_size)
+    order = np.empty(0, np.int64)
+    for step in range(start, total):
+        epoch, place = divmod(step, each)
+        if place == 0 or step == start:
+            order = np.random.default_rng([plan.seed % 2**64, epoch]).permutation(samples)
+        yield order[place * plan.batch_size : (place + 1) * plan.batch_size]
+
+
+class _Run:
+    """A model in training: its weights, gradient and velocity, each one flat vector."""
+
+    def __init__(
+        self, base: Weights, data: LocalData, plan: LocalPlan, resume: Checkpoint | None
+    ) -> None:
+        import torch
+
+        from federation.learning.models import build_model, load_weights
+
+        self.plan = plan
+        self.objective = _objective(plan)
+        self.model = load_weights(build_model(plan.model), base)
+        self.base = _flatten(self.model)
+        if resume is not None:
+            load_weights(self.model, resume.weights)
+            _check_velocity(resume, self.base.numel())
+        self.flat = _flatten(self.model)
+        self.gradient = torch.zeros_like(self.flat)
+        self.velocity = torch.zeros_like(self.flat)
+        if resume is not None:
+            self.velocity.copy_(torch.tensor(resume.velocity))
+        _view_parameters(self.model, self.flat, self.gradient)
+        self.progress = resume.progress if resume is not None else Progress()
+        self.data = data
+        # Batches are copied into memory of torch's own, since the bits of a matrix product
+        # can depend on how its operands are aligned.
+        size = min(plan.batch_size, data.samples)
+        self._x = torch.empty((size, *data.x.shape[1:]))
+        self._y = torch.empty(size, dtype=torch.int64)
+
+    def step(self, indices: NDArray[np.int64]) -> tuple[float, int]:
+        """One step of SGD on these samples: the loss before it, and how many were right."""
+        import torch
+
+        x, labels = self._x[: len(indices)], self._y[: len(indices)]
+        # With mode "raise" NumPy would go through a buffer; these indices are in range.
+        np.take(self.data.x, indices, axis=0, out=x.numpy(), mode="clip")
+        np.take(self.data.y, indices, out=labels.numpy(), mode="clip")
+        logits = self.model(x)
+        loss = self.objective.output(logits, labels)
+        self.gradient.zero_()
+        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            value = loss.item()
+            for term in self.objective.on_weights:
+                value += term(self.flat, self.base, self.gradient)
+            if self.plan.weight_decay:
+                self.gradient.add_(self.flat, alpha=self.plan.weight_decay)
+            self.velocity.mul_(self.plan.momentum).add_(self.gradient)
+            self.flat.add_(self.velocity, alpha=-self.plan.learning_rate)
+            return value, int((logits.argmax(1) == labels).sum().item())
+
+    def weights(self) -> Weights:
+        """A copy of the weights as they are."""
+        return {name: t.numpy().copy() for name, t in self.model.state_dict().items()}
+
+    def checkpoint(self, progress: Progress) -> Checkpoint:
+        """All state, copied."""
+        return Checkpoint(self.weights(), self.velocity.numpy().copy(), progress)
+
+
+def _loop(run: _Run, total: int, watch: Supervision) -> Progress:
+    progress, samples = run.progress, run.data.samples
+    began = saved = watch.clock()
+    spent_before = progress.seconds
+    for indices in batches(run.plan, samples, progress.steps):
+        if watch.should_stop is not None and watch.should_stop():
+            raise StoppedError(
+                f"training stopped after {progress.steps} of {total} steps, as asked"
+            )
+        loss, correct = run.step(indices)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {progress.steps + 1} of {total}; expected a finite "
+                "number: lower the learning rate or look for outliers in the data"
+            )
+        now = watch.clock()
+        progress = Progress(
+            steps=progress.steps + 1,
+            seen=progress.seen + len(indices),
+            loss_sum=progress.loss_sum + loss * len(indices),
+            correct=progress.correct + correct,
+            seconds=spent_before + now - began,
+        )
+        if watch.save is not None and progress.steps < total and now - saved >= watch.save_every_s:
+            watch.save(run.checkpoint(progress))
+            saved = now
+        if watch.on_step is not None:
+            watch.on_step(progress.steps, total)
+    return progress
+
+
+def _objective(plan: LocalPlan) -> "Objective":
+    from federation.learning.losses import OBJECTIVES
+
+    method = method_named(plan.method)
+    return OBJECTIVES[method.loss](method.settings(plan.params))
+
+
+def _flatten(model: "torch.nn.Module") -> "torch.Tensor":
+    import torch
+
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def _view_parameters(
+    model: "torch.nn.Module", flat: "torch.Tensor", gradient: "torch.Tensor"
+) -> None:
+    """Make each parameter and its gradient a window on these vectors."""
+    start = 0
+    for parameter in model.parameters():
+        window = slice(start, start + parameter.numel())
+        parameter.data = flat[window].view_as(parameter)
+        parameter.grad = gradient[window].view_as(parameter)
+        start = window.stop
+
+
+def _check_plan(plan: LocalPlan) -> None:
+    facts = {
+        "epochs": plan.epochs >= 0,
+        "max_steps": plan.max_steps >= 0,
+        "batch_size": plan.batch_size >= 1,
+        "learning_rate": math.isfinite(plan.learning_rate) and plan.learning_rate > 0,
+        "momentum": 0 <= plan.momentum < 1,
+        "weight_decay": math.isfinite(plan.weight_decay) and plan.weight_decay >= 0,
+    }
+    if wrong := [name for name, holds in facts.items() if not holds]:
+        raise TrainingError(
+            f"the plan has {wrong[0]} = {getattr(plan, wrong[0])}, which is out of range: "
+            "correct the plan"
+        )
+
+
+def _check_velocity(resume: Checkpoint, parameters: int) -> None:
+    if resume.velocity.shape != (parameters,):
+        raise TrainingError(
+            f"the checkpoint's velocity has shape {resume.velocity.shape}; the model has "
+            f"{parameters} parameters: start over without it"
+        )
+
+
+def _check_finite(weights: Weights) -> None:
+    for name, tensor in weights.items():
+        if not np.isfinite(tensor).all():
+            raise TrainingError(
+                f"tensor {name!r} is no longer finite after training; expected finite numbers: "
+                "lower the learning rate or look for outliers in the data"
+            )
