@@ -1,0 +1,70 @@
+"""The log's rows: one a fact, without its bytes, every text of it bounded.
+
+Text that came from devices is cut and its control characters are replaced: a database may
+refuse what a letter may carry.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from cloud import facts as f
+
+MAX_REASON = 500
+"""Reasons are cut to so many characters."""
+
+MAX_ID = 200
+"""Names that came from devices are cut to so many characters."""
+
+_UNWRITABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def bounded(text: str, length: int = MAX_REASON) -> str:
+    """The text as it may be recorded: cut, and without control characters."""
+    cut = text if len(text) <= length else text[: length - 1] + "…"
+    return _UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", cut)
+
+
+def event_of(fact: f.HubFact) -> dict[str, Any]:
+    """The row that tells of this fact, without its bytes."""
+    said = dict(_fields(fact))
+    row = {
+        "at": said.pop("at", 0.0),
+        "kind": _kebab(type(fact).__name__),
+        "run": said.pop("run", ""),
+        "round": said.pop("round", 0),
+        "device": bounded(said.pop("device", said.pop("sender", "")), MAX_ID),
+    }
+    if isinstance(fact, f.Released):
+        row |= {"run": fact.release.run, "round": fact.release.round}
+    if isinstance(fact, f.RoundOpened):
+        said["attempts"] = [entry.device for entry in fact.attempts]
+        said["excluded"] = len(fact.excluded)
+    return row | {"detail": _tamed(msgspec.to_builtins(said))}
+
+
+def _fields(fact: f.HubFact) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(fact):
+        value = getattr(fact, field.name)
+        if not isinstance(value, bytes):
+            yield field.name, value
+
+
+def _kebab(name: str) -> str:
+    return re.sub(r"(?<=.)([A-Z])", r"-\1", name).lower()
+
+
+def _tamed(value: Any) -> Any:
+    """The same with every text bounded and every list cut."""
+    match value:
+        case str():
+            return bounded(value)
+        case dict():
+            return {bounded(str(key), MAX_ID): _tamed(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_tamed(entry) for entry in value]
+        case _:
+            return value

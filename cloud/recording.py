@@ -1,0 +1,310 @@
+"""How each fact changes the tables, all within one transaction of the caller's.
+
+A fact that comes again has no second effect.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, assert_never
+
+import msgspec
+from sqlalchemy import Connection, insert, select, update
+
+from cloud import facts as f
+from cloud import receiving
+from cloud import tables as t
+from cloud.database import insert_into
+from cloud.events import MAX_ID, bounded, event_of
+from federation.protocol.messages import Content
+
+MAX_EPOCH = 2**63 - 1
+"""The largest integer of a database column; a letter may carry one bit more."""
+
+_MAX_MODELS = 100
+
+
+def files_of(fact: f.HubFact) -> tuple[str, Content, bytes] | None:
+    """The model file a fact brings: its kind, what it should be, its bytes."""
+    match fact:
+        case f.RunOpened() | f.RoundClosed():
+            return "weights", fact.content, fact.model
+        case f.Released():
+            return "onnx", fact.release.content, fact.onnx
+        case _:
+            return None
+
+
+def manifests_changed(facts: Sequence[f.HubFact]) -> set[str]:
+    """The runs whose models these facts add to."""
+    closed = {fact.run for fact in facts if isinstance(fact, f.RunOpened | f.RoundClosed)}
+    return closed | {fact.release.run for fact in facts if isinstance(fact, f.Released)}
+
+
+def write(connection: Connection, facts: Sequence[f.HubFact]) -> None:
+    """Write these facts, in order, with one event for each that changed something.
+
+    Raises:
+        StoreError: a fact that cannot follow from what is recorded.
+    """
+    events = []
+    for is_chunk, group in itertools.groupby(facts, lambda fact: isinstance(fact, f.ChunkStored)):
+        if is_chunk:
+            receiving.store_chunks(
+                connection, [fact for fact in group if isinstance(fact, f.ChunkStored)]
+            )
+            continue
+        events += [event_of(fact) for fact in group if _apply(connection, fact)]
+    if events:
+        connection.execute(insert(t.Event), events)
+
+
+def _apply(connection: Connection, fact: f.HubFact) -> bool:  # noqa: C901, PLR0911, PLR0912
+    # One line a fact; the functions below say what it does. False: it changed nothing.
+    match fact:
+        case f.DeviceBorn():
+            return _device_born(connection, fact)
+        case f.PresenceChanged():
+            return _presence_changed(connection, fact)
+        case f.RunOpened():
+            return _run_opened(connection, fact)
+        case f.RunEnded():
+            return _run_ended(connection, fact)
+        case f.RoundOpened():
+            return _round_opened(connection, fact)
+        case f.Waiting():
+            return _waiting(connection, fact)
+        case f.AttemptChanged():
+            return _attempt_changed(connection, fact)
+        case f.ChunkStored():
+            receiving.store_chunks(connection, [fact])
+            return False
+        case f.UpdateAccepted():
+            return receiving.accept_update(connection, fact)
+        case f.UpdateRefused():
+            return receiving.refuse_update(connection, fact)
+        case f.RoundClosed():
+            return _round_closed(connection, fact)
+        case f.RoundAbandoned():
+            return _round_abandoned(connection, fact)
+        case f.Released():
+            return _released(connection, fact)
+        case f.LetterRefused():
+            return True
+        case _:
+            assert_never(fact)
+
+
+# Devices ----------------------------------------------------------------------------------
+
+
+def _device_born(connection: Connection, fact: f.DeviceBorn) -> bool:
+    said = fact.capability
+    capability = msgspec.structs.replace(
+        said,
+        agent=bounded(said.agent, MAX_ID),
+        models=tuple(bounded(model, MAX_ID) for model in said.models[:_MAX_MODELS]),
+    )
+    now_is = {
+        "epoch": min(fact.epoch, MAX_EPOCH),
+        "state": "ready",
+        "capability": capability,
+        "born_at": fact.at,
+        "changed_at": fact.at,
+    }
+    row = insert_into(connection, t.Device).values(device=fact.device, **now_is)
+    connection.execute(row.on_conflict_do_update(index_elements=["device"], set_=now_is))
+    return True
+
+
+def _presence_changed(connection: Connection, fact: f.PresenceChanged) -> bool:
+    now_is = {"epoch": min(fact.epoch, MAX_EPOCH), "state": fact.state, "changed_at": fact.at}
+    connection.execute(update(t.Device).where(t.Device.device == fact.device).values(now_is))
+    return True
+
+
+# Runs -------------------------------------------------------------------------------------
+
+
+def _run_opened(connection: Connection, fact: f.RunOpened) -> bool:
+    _add_model(connection, fact.content, "weights")
+    opened = connection.execute(
+        update(t.Run)
+        .where(t.Run.name == fact.run, t.Run.status == "requested")
+        .values(
+            status="active",
+            opened_at=fact.at,
+            model=fact.content.digest,
+            chunk_bytes=fact.content.chunk_bytes,
+        )
+    )
+    if not opened.rowcount:
+        receiving.plan_of(connection, fact.run)
+    return bool(opened.rowcount)
+
+
+def _run_ended(connection: Connection, fact: f.RunEnded) -> bool:
+    ended = connection.execute(
+        update(t.Run)
+        .where(t.Run.name == fact.run, t.Run.status.in_(("requested", "active")))
+        .values(status=fact.status, reason=bounded(fact.reason), ended_at=fact.at, wait_name="")
+    )
+    receiving.forget_uploads(connection, select(t.Attempt.attempt).where(t.Attempt.run == fact.run))
+    return bool(ended.rowcount)
+
+
+def _waiting(connection: Connection, fact: f.Waiting) -> bool:
+    connection.execute(
+        update(t.Run)
+        .where(t.Run.name == fact.run)
+        .values(
+            wait_name=fact.name,
+            wait_reason=bounded(fact.reason),
+            wait_round=fact.round,
+            wait_until=fact.until,
+            wait_at=fact.at,
+        )
+    )
+    return True
+
+
+def _released(connection: Connection, fact: f.Released) -> bool:
+    release = fact.release
+    _add_model(connection, release.content, "onnx")
+    row = insert_into(connection, t.Release).values(
+        run=release.run,
+        round=release.round,
+        digest=release.content.digest,
+        size=release.content.size,
+        chunk_bytes=release.content.chunk_bytes,
+        labels=release.labels,
+        at=fact.at,
+    )
+    return bool(connection.execute(row.on_conflict_do_nothing()).rowcount)
+
+
+def _add_model(connection: Connection, content: Content, kind: str) -> None:
+    row = insert_into(connection, t.Model).values(
+        digest=content.digest, size=content.size, kind=kind
+    )
+    connection.execute(row.on_conflict_do_nothing())
+
+
+# Rounds and attempts ----------------------------------------------------------------------
+
+
+def _round_opened(connection: Connection, fact: f.RoundOpened) -> bool:
+    row = insert_into(connection, t.Round).values(
+        run=fact.run,
+        number=fact.round,
+        status="open",
+        reason="",
+        base=fact.base,
+        deadline=fact.deadline,
+        opened_at=fact.at,
+        excluded={device: bounded(reason) for device, reason in fact.excluded.items()},
+    )
+    if not connection.execute(row.on_conflict_do_nothing()).rowcount:
+        return False
+    # The records of the attempts may have changed since this fact was noted; the facts that
+    # follow say how, so here all of them begin.
+    rows = [
+        {
+            "attempt": entry.attempt,
+            "run": fact.run,
+            "round": fact.round,
+            "device": entry.device,
+            "status": "assigned",
+            "reason": "",
+            "lost_at": 0.0,
+            "changed_at": fact.at,
+        }
+        for entry in fact.attempts
+    ]
+    if rows:
+        connection.execute(insert(t.Attempt), rows)
+    return True
+
+
+def _attempt_changed(connection: Connection, fact: f.AttemptChanged) -> bool:
+    # The rule of `Round.mark`: what was received stays received, the same again is nothing.
+    now_is: dict[str, Any] = {
+        "status": fact.status,
+        "reason": bounded(fact.reason),
+        "changed_at": fact.at,
+    }
+    if fact.status == "lost":
+        now_is["lost_at"] = fact.at
+    changed = connection.execute(
+        update(t.Attempt)
+        .where(
+            t.Attempt.attempt == fact.attempt, t.Attempt.status.not_in(("received", fact.status))
+        )
+        .values(now_is)
+    )
+    return bool(changed.rowcount)
+
+
+def _round_closed(connection: Connection, fact: f.RoundClosed) -> bool:
+    _add_model(connection, fact.content, "weights")
+    closed = connection.execute(
+        update(t.Round)
+        .where(t.Round.run == fact.run, t.Round.number == fact.round, t.Round.status == "open")
+        .values(
+            status="closed",
+            ended_at=fact.at,
+            model=fact.content.digest,
+            devices=fact.devices,
+            report=fact.report,
+            bytes_up=fact.bytes_up,
+            bytes_down=fact.bytes_down,
+        )
+    )
+    if not closed.rowcount:
+        return False
+    connection.execute(
+        update(t.Run)
+        .where(t.Run.name == fact.run)
+        .values(
+            model=fact.content.digest,
+            chunk_bytes=fact.content.chunk_bytes,
+            abandoned_in_a_row=0,
+            bytes_up=fact.bytes_up,
+            bytes_down=fact.bytes_down,
+        )
+    )
+    counted = select(t.Update.attempt).where(
+        t.Update.run == fact.run, t.Update.counts_in <= fact.round
+    )
+    receiving.forget_uploads(connection, counted)
+    receiving.forget_unfinished(connection, fact.run, fact.round)
+    return True
+
+
+def _round_abandoned(connection: Connection, fact: f.RoundAbandoned) -> bool:
+    this = (t.Round.run == fact.run, t.Round.number == fact.round)
+    known = connection.execute(select(t.Round.status, t.Round.ended_at).where(*this)).one_or_none()
+    if known is not None and known.status == "abandoned" and known.ended_at == fact.at:
+        return False
+    connection.execute(
+        update(t.Run)
+        .where(t.Run.name == fact.run)
+        .values(abandoned_in_a_row=t.Run.abandoned_in_a_row + 1)
+    )
+    if known is None or known.status != "open":
+        # No round was open: too few devices came to open one, and that counts as well.
+        return True
+    connection.execute(
+        update(t.Round)
+        .where(*this)
+        .values(status="abandoned", reason=bounded(fact.reason), ended_at=fact.at)
+    )
+    # Updates of this very round are dropped; late ones that were kept count in the next.
+    mine = (t.Update.run == fact.run, t.Update.counts_in == fact.round)
+    receiving.forget_uploads(
+        connection, select(t.Update.attempt).where(*mine, t.Update.round == fact.round)
+    )
+    connection.execute(
+        update(t.Update).where(*mine, t.Update.round < fact.round).values(counts_in=fact.round + 1)
+    )
+    receiving.forget_unfinished(connection, fact.run, fact.round)
+    return True
