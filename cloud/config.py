@@ -100,7 +100,7 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         _check(self.name, "name")
-        method_named(self.method.name)
+        method_named(self.method.name).settings(self.method.params)
         if self.rounds < 1:
             raise ConfigError(f"rounds is {self.rounds}; a run has at least one")
 

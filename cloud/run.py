@@ -128,7 +128,7 @@ class ActiveRun:
             weight_decay=training.weight_decay,
             seed=seed,
             encoding=training.encoding,
-            params={**method_named(method.name).params, **method.params},
+            params=method_named(method.name).settings(method.params),
         )
 
     def contribute(self, contribution: Contribution) -> None:

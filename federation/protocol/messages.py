@@ -26,6 +26,8 @@ Params: TypeAlias = dict[str, float]
 Verdict: TypeAlias = Literal["open", "stored", "duplicate", "rejected", "too-late"]
 """What an update is told; every verdict but `open` is final."""
 
+State: TypeAlias = Literal["ready", "draining", "disconnected", "lost"]
+
 TaskState: TypeAlias = Literal["accepted", "declined", "training", "failed", "cancelled"]
 
 
@@ -93,7 +95,6 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
     """What a device is and can do, said at birth."""
 
     agent: str
-    samples: int
     memory_mb: int = 0
     cores: int = 1
     trains: bool = True
@@ -107,7 +108,7 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
 class Presence(Letter, frozen=True, kw_only=True, tag="presence"):
     """A device's state, retained; with state `lost` it is also the device's last will."""
 
-    state: Literal["ready", "draining", "disconnected", "lost"]
+    state: State
 
 
 class Birth(Letter, frozen=True, kw_only=True, tag="birth"):

@@ -1,0 +1,110 @@
+"""Measures new models and exports those worth releasing, beside the rounds, never in their way."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cloud.config import RunPlan
+from cloud.registry import Registry
+from cloud.run import CHUNK_BYTES
+from cloud.store import Store
+from federation.errors import HeadwaterError
+from federation.learning.data import LocalData, load_folder
+from federation.protocol import codec
+from federation.protocol.messages import ModelSpec, Release
+from federation.protocol.transfer import content_of
+
+_log = logging.getLogger("headwater.hub")
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A round gave the model of this digest; `is_last` for the last round of its run."""
+
+    plan: RunPlan
+    round: int
+    digest: str
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A model became an ONNX file that passed its parity check."""
+
+    release: Release
+    onnx: bytes
+
+
+def is_worth_releasing(plan: RunPlan, number: int, *, is_last: bool) -> bool:
+    """Whether the plan wants this round's model exported: every so many rounds, and the last."""
+    every = plan.release.every
+    return every > 0 and (is_last or number % every == 0)
+
+
+class Appraiser:
+    """A thread with a queue of closed rounds. A model that cannot be measured costs no round."""
+
+    def __init__(
+        self, store: Store, registry: Registry, on_exported: Callable[[Exported], None]
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._on_exported = on_exported
+        self._jobs: queue.SimpleQueue[Closed | None] = queue.SimpleQueue()
+        self._data: dict[str, LocalData] = {}
+        self._thread = threading.Thread(target=self._work, name="appraiser", daemon=True)
+        self._thread.start()
+
+    def appraise(self, closed: Closed) -> None:
+        """Measure, and export if due, soon."""
+        self._jobs.put(closed)
+
+    def close(self, patience_s: float = 60.0) -> None:
+        """Finish what is queued, within this patience."""
+        self._jobs.put(None)
+        self._thread.join(patience_s)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._take(job)
+            except HeadwaterError as error:
+                _log.warning("model not appraised run=%s: %s", job.plan.name, error)
+            except Exception:  # the outermost loop of this thread: the next model may do
+                _log.exception("model not appraised run=%s round=%d", job.plan.name, job.round)
+
+    def _take(self, job: Closed) -> None:
+        from federation.learning.evaluation import evaluate
+
+        data = self._evaluation_data(job.plan)
+        if data is None:
+            return
+        weights = codec.decode(self._registry.read(job.digest))
+        spec = ModelSpec(name=job.plan.model.name, sizes=job.plan.model.sizes)
+        tally = evaluate(spec, weights, data)
+        self._store.record_evaluation(
+            job.plan.name, job.round, "held-out", tally.correct, tally.loss_sum, tally.samples
+        )
+        if is_worth_releasing(job.plan, job.round, is_last=job.is_last):
+            self._export(job, spec, weights, data)
+
+    def _export(
+        self, job: Closed, spec: ModelSpec, weights: codec.Weights, data: LocalData
+    ) -> None:
+        from federation.learning.export import export_onnx
+
+        labels = job.plan.release.labels
+        onnx = export_onnx(spec, weights, example=data.x[:16], labels=labels)
+        content = content_of(onnx, CHUNK_BYTES)
+        release = Release(run=job.plan.name, round=job.round, content=content, labels=labels)
+        self._on_exported(Exported(release, onnx))
+
+    def _evaluation_data(self, plan: RunPlan) -> LocalData | None:
+        if plan.evaluation is None:
+            return None
+        key = str(plan.evaluation)
+        if key not in self._data:
+            self._data[key] = load_folder(plan.evaluation)
+        return self._data[key]

@@ -1,0 +1,238 @@
+"""Performs the hub's effects for real: the mailbox, the store, the registry, the appraiser.
+
+One thread runs the state machine on batches of letters. Of each batch all facts are committed
+in one transaction; then its letters are sent, and only then are the letters it answered
+acknowledged to the broker. Killed at any moment, the hub goes on from the record.
+"""
+
+import contextlib
+import logging
+import queue
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+from cloud.appraiser import Appraiser, Closed, Exported
+from cloud.config import HubConfig, RunPlan
+from cloud.coordinator import Coordinator
+from cloud.facts import HubFact, RoundClosed
+from cloud.registry import Registry
+from cloud.store import Store
+from federation.errors import ProtocolError, StoreError
+from federation.protocol import codec
+from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
+from federation.protocol.link import Arrived, MailboxConfig
+from federation.protocol.messages import AnyLetter, HubState, ModelSpec, seal
+from federation.protocol.mqtt import Mailbox
+from federation.protocol.topics import Route, open_letter, route
+from optimizer.problem import Selector
+
+POLL_S = 0.25
+"""How often the hub looks for runs that operators ask for."""
+
+MAX_BATCH = 256
+"""At most this many letters share one transaction."""
+
+RETRY_S = (1.0, 30.0)
+"""First and longest pause before a store that failed is tried again."""
+
+_log = logging.getLogger("headwater.hub")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Event: TypeAlias = Arrived | Link | Exported | _Stop
+
+
+class HubRunner:
+    """The hub, really running. `clock` gives seconds and never jumps."""
+
+    def __init__(
+        self,
+        config: HubConfig,
+        mailbox: MailboxConfig,
+        *,
+        select: Selector,
+        clock: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        self._config = config
+        self._mailbox_config = mailbox
+        self._select = select
+        self._clock = clock
+        self._rng = rng
+        self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._registry = Registry(config.folder)
+        self._store = Store(config.database_url)
+        self._epoch = self._store.next_epoch()
+        self._appraiser = Appraiser(self._store, self._registry, self._inbox.put)
+        self._plans: dict[str, RunPlan] = {}
+        self._is_stopping = False
+
+    def run(self) -> None:
+        """Run until `stop`; then tell the devices, so that they hold what they have."""
+        _log.info("hub begins epoch=%d folder=%s", self._epoch, self._config.folder)
+        pause_s = RETRY_S[0]
+        try:
+            while not self._is_stopping:
+                try:
+                    self._begin()
+                    pause_s = RETRY_S[0]
+                    while self._step():
+                        pass
+                except StoreError as error:
+                    # Nothing was said of what could not be written: begin again from the
+                    # record. The broker delivers again what was not acknowledged.
+                    _log.error("record failed, next try in %.0f s: %s", pause_s, error)
+                    self._mailbox.close()
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, RETRY_S[1])
+        finally:
+            self._mailbox.close(self._sealed(HubState(online=False)))
+            self._appraiser.close()
+            self._store.close()
+
+    def stop(self) -> None:
+        """End `run` soon; from any thread, or a signal handler."""
+        self._is_stopping = True
+        self._inbox.put(_Stop())
+
+    def _begin(self) -> None:
+        self._mailbox = Mailbox(
+            self._mailbox_config,
+            deliver=self._inbox.put,
+            next_epoch=lambda: self._epoch,
+            last_will=lambda _: self._sealed(HubState(online=False)),
+            rng=self._rng,
+        )
+        memory = self._store.restore(self._registry)
+        self._coordinator = Coordinator(
+            memory, select=self._select, read_content=lru_cache(maxsize=4)(self._read_content)
+        )
+        self._wake_at = self._poll_at = self._clock()
+        self._catch_up()
+        self._perform(self._coordinator.start(self._clock()), [])
+        self._mailbox.open()
+
+    def _catch_up(self) -> None:
+        """Appraise the models that were closed when the hub went away before measuring them."""
+        run = self._coordinator.run
+        if run is None:
+            return
+        self._plans[run.plan.name] = run.plan
+        for row in self._store.rounds(run.plan.name):
+            if row.model is not None and not row.evaluations and self._registry.has(row.model):
+                self._appraiser.appraise(Closed(run.plan, row.number, row.model, is_last=False))
+
+    def _step(self) -> bool:
+        """Wait for letters or the next look, and perform what follows; False at the end."""
+        batch = self._next_batch()
+        if self._is_stopping:
+            return False
+        effects: list[Effect[HubFact]] = []
+        arrived: list[Arrived] = []
+        now = self._clock()
+        for event in batch:
+            if isinstance(event, Arrived):
+                arrived.append(event)
+            effects += self._react(event, now)
+        if now >= self._wake_at:
+            self._wake_at = float("inf")
+            effects += self._coordinator.on_wake(now)
+        if now >= self._poll_at:
+            self._poll_at = now + POLL_S
+            effects += self._ask_operators(now)
+        self._perform(effects, arrived)
+        return True
+
+    def _next_batch(self) -> list[_Event]:
+        """What has come in, after waiting for the first of it until the next look."""
+        wait_s = max(min(self._wake_at, self._poll_at) - self._clock(), 0.0)
+        batch: list[_Event] = []
+        with contextlib.suppress(queue.Empty):
+            batch.append(self._inbox.get(timeout=wait_s))
+            while len(batch) < MAX_BATCH:
+                batch.append(self._inbox.get_nowait())
+        return batch
+
+    def _react(self, event: _Event, now: float) -> list[Effect[HubFact]]:
+        match event:
+            case Arrived():
+                return self._on_arrived(event, now)
+            case Link():
+                _log.log(
+                    logging.INFO if event.is_up else logging.WARNING,
+                    "link up=%s %s",
+                    event.is_up,
+                    event.reason,
+                )
+                return self._coordinator.on_link(event, now)
+            case Exported():
+                return self._coordinator.on_released(event.release, event.onnx, now)
+            case _Stop():
+                return []
+
+    def _on_arrived(self, arrived: Arrived, now: float) -> list[Effect[HubFact]]:
+        try:
+            _, envelope = open_letter(self._config.namespace, arrived.topic, arrived.payload)
+        except ProtocolError as error:
+            _log.warning("letter refused topic=%s: %s", arrived.topic, error)
+            return self._coordinator.on_unreadable(arrived.topic, error, now)
+        return self._coordinator.on_message(envelope, now)
+
+    def _ask_operators(self, now: float) -> list[Effect[HubFact]]:
+        effects: list[Effect[HubFact]] = []
+        for name in self._store.stop_requested():
+            effects += self._coordinator.stop_run(name, now)
+        if self._coordinator.run is None:
+            for plan in self._store.requested()[:1]:
+                _log.info("run begins run=%s rounds=%d", plan.name, plan.rounds)
+                self._plans[plan.name] = plan
+                effects += self._coordinator.open_run(plan, initial_model(plan), now)
+        return effects
+
+    def _perform(self, effects: list[Effect[HubFact]], arrived: list[Arrived]) -> None:
+        facts = [effect.fact for effect in effects if isinstance(effect, Record)]
+        if facts:
+            self._store.record(facts, self._registry)
+        for effect in effects:
+            match effect:
+                case Send(letter, device):
+                    self._mailbox.publish(*self._sealed(letter, device))
+                case WakeAt(at):
+                    self._wake_at = at
+                case _:
+                    pass
+        for letter_in in arrived:
+            self._mailbox.acknowledge(letter_in)
+        for fact in facts:
+            if isinstance(fact, RoundClosed):
+                self._after_round(fact)
+
+    def _after_round(self, fact: RoundClosed) -> None:
+        plan = self._plans[fact.run]
+        is_last = fact.round >= plan.rounds
+        self._appraiser.appraise(Closed(plan, fact.round, fact.content.digest, is_last=is_last))
+
+    def _read_content(self, digest: str) -> bytes | None:
+        try:
+            return self._registry.read(digest)
+        except StoreError:
+            return None
+
+    def _sealed(self, letter: AnyLetter, device: str = "") -> tuple[Route, bytes]:
+        return route(self._config.namespace, device, letter), seal("hub", self._epoch, letter)
+
+
+def initial_model(plan: RunPlan) -> bytes:
+    """The encoded weights a run begins with, decided by its seed alone."""
+    from federation.learning.models import initial_weights
+
+    spec = ModelSpec(name=plan.model.name, sizes=plan.model.sizes)
+    return codec.encode(initial_weights(spec, plan.seed))

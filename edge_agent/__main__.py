@@ -1,0 +1,78 @@
+"""`headwater-agent`: run one device from its `agent.toml`.
+
+Written with argparse and the standard library alone, since it is installed on small devices.
+"""
+
+import argparse
+import logging
+import random
+import signal
+import sys
+from pathlib import Path
+
+from edge_agent.config import read_agent_config
+from federation.errors import HeadwaterError
+from federation.protocol.clock import steady_clock
+
+
+def main() -> None:
+    """The command line. Exit code 0: stopped as asked; 2: something the user can mend."""
+    arguments = _parser().parse_args()
+    level = logging.INFO if arguments.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        sys.exit(arguments.verb(arguments))
+    except HeadwaterError as error:
+        sys.stderr.write(f"headwater-agent: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("headwater-agent", description="One device of a fleet.")
+    parser.add_argument("--verbose", action="store_true", help="log each step to standard error")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    run = verbs.add_parser("run", help="train and infer as the hub asks, until stopped")
+    run.add_argument("config", type=Path, help="the device's agent.toml")
+    run.set_defaults(verb=_run)
+    check = verbs.add_parser("check", help="see whether configuration, data and broker will do")
+    check.add_argument("config", type=Path, help="the device's agent.toml")
+    check.set_defaults(verb=_check)
+    predict = verbs.add_parser("predict", help="infer with the newest release that was fetched")
+    predict.add_argument("config", type=Path, help="the device's agent.toml")
+    predict.add_argument("input", type=Path, help="an .npz with the array x (samples first)")
+    predict.set_defaults(verb=_predict)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from edge_agent.runner import AgentRunner
+
+    config = read_agent_config(arguments.config)
+    runner = AgentRunner(config, clock=steady_clock(), rng=random.Random())  # noqa: S311 -- jitter
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: runner.stop())
+    runner.run()
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from edge_agent.checking import check_agent
+
+    for line in check_agent(read_agent_config(arguments.config)):
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from edge_agent.inference import predict_file
+
+    config = read_agent_config(arguments.config)
+    for line in predict_file(config.folder, arguments.input):
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
