@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -55,7 +55,7 @@ if sys.platform == "linux":
         sys.exit("parent is gone")
 handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
 os.set_inheritable(handle, True)
-for _ in range(100):
+for _ in range(60):
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         break
@@ -168,19 +168,22 @@ def start_broker(
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if port:
         _wait_for_port(port, patience_s=2.0)
-    tries = 1 if port else 3
-    for left in reversed(range(tries)):
-        plan = _Plan(folder, port or _find_free_port(), users or {}, namespace)
-        write_config = _write_mosquitto if chosen == "mosquitto" else _write_nats
-        broker = Broker(chosen, plan.port, [program, "-c", str(write_config(plan))], folder)
-        try:
-            _start_and_wait(broker)
-        except LinkError:
-            if not left:
-                raise
-        else:
-            break
+    plan = _Plan(folder, port, users or {}, namespace)
+    try:
+        broker = _launch(chosen, program, plan)
+    except LinkError as error:
+        if port or "in use" not in str(error):
+            raise
+        broker = _launch(chosen, program, plan)  # the free port was taken meanwhile: another
     _log.info("broker started kind=%s port=%d pid=%d", broker.kind, broker.port, broker.pid)
+    return broker
+
+
+def _launch(kind: str, program: str, plan: _Plan) -> Broker:
+    plan = replace(plan, port=plan.port or _find_free_port())
+    write_config = _write_mosquitto if kind == "mosquitto" else _write_nats
+    broker = Broker(kind, plan.port, [program, "-c", str(write_config(plan))], plan.folder)
+    _start_and_wait(broker)
     return broker
 
 

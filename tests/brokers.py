@@ -25,7 +25,7 @@ def fetched_mosquitto() -> None:
 @pytest.fixture(
     params=[pytest.param(kind, marks=pytest.mark.broker) for kind in ("mosquitto", "nats")]
 )
-def broker_kind(request: pytest.FixtureRequest, fetched_mosquitto: None) -> str:
+def broker_kind(request: pytest.FixtureRequest) -> str:
     kind: str = request.param
     if not FINDERS[kind]():
         pytest.skip(f"no {kind} on this machine: scripts/fetch-mosquitto .cache/mosquitto")
