@@ -322,6 +322,25 @@ def test_hostile_acknowledgements_do_no_harm(acks, data, chunk_bytes):
     assert set(sent) <= set(range(upload.content.chunks))
 
 
+def test_a_chunk_that_is_lost_among_others_is_sent_again_in_time():
+    """While acknowledgements flow, a lost chunk waits for its time-out and halves the window."""
+    data = bytes(4000)
+    upload = Upload(content_of(data, 1), data, timeout_s=TIMEOUT_S)
+    upload.open(0.0)
+    in_flight, arrived = upload.on_ack(b"", 0.0), set()
+    assert in_flight == [0, 1, 2, 3]
+    most, now = 0, 0.0
+
+    while not arrived or 0 not in in_flight:
+        now += 0.1
+        arrived |= {index for index in in_flight if index}
+        most = max(most, len(in_flight))
+        in_flight = upload.on_ack(bitmap(arrived, 4000), now)
+
+    assert TIMEOUT_S <= now < TIMEOUT_S + 0.2
+    assert len(in_flight) <= most / 2 + 1
+
+
 def test_nothing_is_sent_before_the_receiver_has_spoken():
     """A chunk leaves only after an answer to the opening; silence asks again, ever more rarely."""
     upload = Upload(content_of(bytes(100), 10), bytes(100), timeout_s=TIMEOUT_S)
