@@ -5,17 +5,34 @@ child process in which a device calls it, so that torch's memory goes when the c
 """
 
 import hashlib
+import logging
 import os
+import queue
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import numpy as np
 
+from edge_agent.frames import (
+    DataSource,
+    Finished,
+    Job,
+    News,
+    Stepped,
+    Stop,
+    read_order,
+    write_frame,
+)
 from federation.errors import CodecError, HeadwaterError
-from federation.learning.data import LocalData
+from federation.learning.data import LocalData, load_entry, load_folder
 from federation.learning.layers import choose_layers
 from federation.learning.training import (
     Checkpoint,
@@ -26,6 +43,11 @@ from federation.learning.training import (
 from federation.protocol.codec import decode, digest_of, encode
 from federation.protocol.effects import Trained
 from federation.protocol.messages import Assignment
+
+_log = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S = 0.2
+"""The child tells of progress at most this often, and of the last step always."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +94,7 @@ def fulfil(
     on_step: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     checkpoint: CheckpointFile | None = None,
+    threads: int = 1,
 ) -> Trained:
     """The encoded update an assignment asks for, or why there is none.
 
@@ -83,15 +106,13 @@ def fulfil(
         should_stop: asked between batches; when true, the training ends and is forgotten.
         checkpoint: where to keep a checkpoint, and to resume from one. The bits of the
             update do not depend on it.
+        threads: how many cores torch may use. One gives the same bits everywhere.
     """
     identity = _identity(assignment, base, data) if checkpoint else ""
-    supervision = Supervision(on_step=on_step, should_stop=should_stop)
+    save, every_s = None, 0.0
     if checkpoint is not None:
-        supervision = replace(
-            supervision,
-            save=lambda state: checkpoint.write(identity, state),
-            save_every_s=checkpoint.every_s,
-        )
+        save, every_s = partial(checkpoint.write, identity), checkpoint.every_s
+    supervision = Supervision(on_step, should_stop, save, every_s, threads=threads)
     try:
         resume = checkpoint.read(identity) if checkpoint else None
         trained = _train(assignment, base, data, supervision, resume)
@@ -131,3 +152,120 @@ def _identity(assignment: Assignment, base: bytes, data: LocalData) -> str:
     digest.update(np.ascontiguousarray(data.x).data)
     digest.update(np.ascontiguousarray(data.y).data)
     return digest.hexdigest()
+
+
+class _Data:
+    """The local data, read once and again when its files have changed."""
+
+    def __init__(self) -> None:
+        self._stamp: object = None
+        self._data: LocalData | None = None
+
+    def load(self, source: DataSource) -> LocalData:
+        stamp = (source, _files_stamp(source.folder))
+        if self._data is None or stamp != self._stamp:
+            self._data = load_entry(source.entry) if source.entry else load_folder(source.folder)
+            self._stamp = stamp
+        return self._data
+
+
+def _files_stamp(folder: str) -> list[tuple[str, int, int]]:
+    if not folder or not Path(folder).is_dir():
+        return []
+    found = [(f.name, f.stat()) for f in Path(folder).iterdir()]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+
+
+class _Orders:
+    """Reads the agent's orders on a thread, and ends the process when the agent is gone."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+        self._stopped: set[str] = set()
+        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+
+    def read(self) -> None:
+        """Read until the pipe closes; then exit at once, in the middle of a batch too."""
+        while (order := read_order(self._pipe)) is not None:
+            match order:
+                case Job():
+                    self.jobs.put(order)
+                case Stop(attempt=attempt):
+                    self._stopped.add(attempt)
+        os._exit(0)
+
+    def is_stopped(self, attempt: str) -> bool:
+        """Whether the agent took this attempt back."""
+        return attempt in self._stopped
+
+    def forget(self, attempt: str) -> None:
+        """The attempt is over; its name may come again."""
+        self._stopped.discard(attempt)
+
+
+def _tell(pipe: IO[bytes], news: News) -> None:
+    try:
+        write_frame(pipe, news)
+    except OSError:
+        # The agent is gone: there is nobody left to work for.
+        os._exit(0)
+
+
+def _perform(job: Job, data: _Data, orders: _Orders, news: IO[bytes]) -> Trained:
+    attempt = job.assignment.attempt
+    told = time.monotonic()
+
+    def on_step(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if done == total or now - told >= PROGRESS_EVERY_S:
+            told = now
+            _tell(news, Stepped(attempt=attempt, done=done, total=total))
+
+    checkpoint = None
+    if job.checkpoint:
+        checkpoint = CheckpointFile(Path(job.checkpoint), job.checkpoint_every_s)
+    try:
+        samples = data.load(job.source)
+    except HeadwaterError as error:
+        return Trained(attempt, failure=str(error))
+    return fulfil(
+        job.assignment,
+        job.base,
+        samples,
+        on_step=on_step,
+        should_stop=lambda: orders.is_stopped(attempt),
+        checkpoint=checkpoint,
+        threads=job.threads,
+    )
+
+
+def _perform_safely(job: Job, data: _Data, orders: _Orders, news: IO[bytes]) -> Trained:
+    try:
+        return _perform(job, data, orders, news)
+    except MemoryError:
+        failure = "out of memory: use a smaller batch or model, or give the device more memory"
+    except Exception as error:  # The outermost loop: one bad job must not end the trainer.
+        _log.exception("training failed attempt=%s", job.assignment.attempt)
+        failure = f"training failed unexpectedly ({type(error).__name__}: {error}): report it"
+    return Trained(job.assignment.attempt, failure=failure)
+
+
+def main() -> None:
+    """Take jobs from standard input until it closes; results go to standard output.
+
+    What libraries print goes to standard error, so it cannot fall between two frames.
+    """
+    news = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    orders, data = _Orders(sys.stdin.buffer), _Data()
+    threading.Thread(target=orders.read, name="orders", daemon=True).start()
+    while True:
+        job = orders.jobs.get()
+        trained = _perform_safely(job, data, orders, news)
+        orders.forget(job.assignment.attempt)
+        _tell(news, Finished(trained=trained))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ the same bits as one left undisturbed. Torch is imported when there is something
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,8 @@ class Supervision:
 
     `on_step` gets the steps done and the steps in all. `save` gets a checkpoint at most
     every `save_every_s` seconds. `clock` gives seconds; it decides what is reported and
-    when is saved, and never the weights.
+    when is saved, and never the weights. `threads` is how many cores torch may use; another
+    number may round sums differently, so what must agree bit for bit keeps to one.
     """
 
     on_step: Callable[[int, int], None] | None = None
@@ -97,6 +99,7 @@ class Supervision:
     save: Callable[[Checkpoint], None] | None = None
     save_every_s: float = 5.0
     clock: Callable[[], float] = time.monotonic
+    threads: int = 1
 
 
 UNWATCHED = Supervision()
@@ -134,9 +137,10 @@ def train_locally(
     from federation.learning.models import check_samples
 
     check_samples(plan.model, data)
-    run = _Run(weights, data, plan, resume)
-    progress = _loop(run, total, supervision)
-    trained = run.weights()
+    with _torch_threads(supervision.threads):
+        run = _Run(weights, data, plan, resume)
+        progress = _loop(run, total, supervision)
+        trained = run.weights()
     _check_finite(trained)
     scale = data.samples / progress.seen
     report = Report(
@@ -265,6 +269,20 @@ def _loop(run: _Run, total: int, watch: Supervision) -> Progress:
         if watch.on_step is not None:
             watch.on_step(progress.steps, total)
     return progress
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    if threads != before:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if threads != before:
+            torch.set_num_threads(before)
 
 
 def _objective(plan: LocalPlan) -> "Objective":
