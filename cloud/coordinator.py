@@ -136,8 +136,7 @@ class Coordinator:
     # Devices come and go, and fetch models ------------------------------------------------
 
     def _on_birth(self, device: str, epoch: int, birth: m.Birth, now: float) -> None:
-        if not self.fleet.born(device, epoch, birth):
-            return
+        self.fleet.born(device, epoch, birth)
         fact = DeviceBorn(device=device, epoch=epoch, capability=birth.capability, at=now)
         self._outbox.note(fact)
         mine = self._conductor.open_attempts(device)

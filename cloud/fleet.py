@@ -34,13 +34,11 @@ class Fleet:
         entry = self.devices.get(device)
         return entry is not None and entry.state == "ready"
 
-    def born(self, device: str, epoch: int, birth: Birth) -> bool:
-        """A birth; False where a younger connection of the same device already spoke."""
-        entry = self.devices.get(device)
-        if entry is not None and epoch < entry.epoch:
-            return False
+    def born(self, device: str, epoch: int, birth: Birth) -> None:
+        """A birth. It is believed whatever its epoch: a device that lost its storage may begin
+        to count anew, and only a device that is there says its birth.
+        """
         self.devices[device] = Device(epoch, "ready", birth.capability, birth.working)
-        return True
 
     def present(self, device: str, epoch: int, presence: Presence) -> bool:
         """A change of presence; False where it is void or changes nothing."""

@@ -245,8 +245,7 @@ class Agent:
             self._install(self._wanted, data)
 
     def _on_gone(self, letter: m.BlobGone) -> None:
-        self._fetching.forget(letter.digest)
-        self._note(ContentForgotten(letter.digest))
+        self._drop_content(letter.digest)
         if self.assignment is not None and self.assignment.base.digest == letter.digest:
             self._abandon(self.assignment.attempt, letter.reason)
 
@@ -257,6 +256,8 @@ class Agent:
             data = self._fetching.begin(letter.content)
         except TransferError:
             return  # The hub names a content that cannot be: there is nothing to fetch.
+        if self._wanted is not None:
+            self._drop_content(self._wanted.content.digest)
         self._wanted = letter
         if data is not None:
             self._install(letter, data)
@@ -285,10 +286,13 @@ class Agent:
     def _forget_assignment(self, assignment: m.Assignment) -> None:
         self.assignment, self.progress = None, 0.0
         self._deadline = float("inf")
-        self._fetching.forget(assignment.base.digest)
         self._note(AssignmentForgotten(assignment.attempt))
         if assignment.inline is None:
-            self._note(ContentForgotten(assignment.base.digest))
+            self._drop_content(assignment.base.digest)
+
+    def _drop_content(self, digest: str) -> None:
+        self._fetching.forget(digest)
+        self._note(ContentForgotten(digest))
 
     def _say_heartbeat(self, now: float) -> None:
         attempt = self.assignment.attempt if self.assignment is not None else None

@@ -14,8 +14,9 @@ from typing import TypeAlias
 from edge_agent.agent import Agent, AgentSettings
 from edge_agent.config import AgentConfig, password
 from edge_agent.facts import AgentFact
+from edge_agent.frames import DataSource
 from edge_agent.journal import Journal
-from edge_agent.worker import Worker
+from edge_agent.worker import Worker, WorkerLimits
 from federation.errors import ProtocolError
 from federation.protocol import messages as m
 from federation.protocol.effects import (
@@ -115,10 +116,18 @@ class AgentRunner:
         if config.data is None:
             return None
         return Worker(
-            data=config.data,
-            training=config.training,
-            on_progress=lambda attempt, share: self._inbox.put(_Progress(attempt, share)),
+            DataSource(folder=str(config.data.folder or ""), entry=config.data.entry),
+            on_progress=lambda attempt, done, total: self._inbox.put(
+                _Progress(attempt, done / max(total, 1))
+            ),
             on_trained=self._inbox.put,
+            checkpoints=config.folder / "checkpoints",
+            limits=WorkerLimits(
+                threads=config.training.threads,
+                stall_s=config.training.stall_s,
+                idle_s=config.training.idle_s,
+                checkpoint_every_s=config.training.checkpoint_s,
+            ),
         )
 
     def _step(self) -> bool:
@@ -142,7 +151,8 @@ class AgentRunner:
                 return self._on_arrived(event, now)
             case Link():
                 self._epoch = event.epoch
-                _log.info("link up=%s epoch=%d %s", event.is_up, event.epoch, event.reason)
+                level = logging.INFO if event.is_up else logging.WARNING
+                _log.log(level, "link up=%s epoch=%d %s", event.is_up, event.epoch, event.reason)
                 return self._agent.on_link(event, now)
             case Trained():
                 if event.failure:
@@ -181,8 +191,7 @@ class AgentRunner:
             reason = "this device has no [data] to train on"
             self._inbox.put(Trained(assignment.attempt, failure=reason))
             return
-        checkpoint = self._journal.checkpoint_path(assignment.attempt)
-        self._worker.train(assignment, base, checkpoint)
+        self._worker.train(assignment, base)
 
     def _sealed(self, letter: m.AnyLetter, epoch: int) -> tuple[Route, bytes]:
         device = self._config.device

@@ -77,6 +77,8 @@ def route(namespace: str, device: str, letter: m.AnyLetter) -> Route:
 
 
 def _level(letter: m.AnyLetter) -> tuple[str, int, bool, int]:
+    # Chunks go without the broker's guarantee: the transfer asks again for what is missing, and
+    # a chunk that a broker queued for somebody who was away would arrive twice.
     match letter:
         case m.Presence():
             return "up/state", 1, True, 0
@@ -91,7 +93,7 @@ def _level(letter: m.AnyLetter) -> tuple[str, int, bool, int]:
         case m.UpdateOpen(attempt=attempt):
             return f"up/x/{attempt}/open", 1, False, 3600
         case m.UpdateChunk(attempt=attempt, index=index):
-            return f"up/x/{attempt}/c/{index}", 1, False, 3600
+            return f"up/x/{attempt}/c/{index}", 0, False, 0
         case m.Assignment() | m.Cancel():
             return "dn/task", 1, False, 3600
         case m.Welcome() | m.Rebirth():
@@ -99,7 +101,7 @@ def _level(letter: m.AnyLetter) -> tuple[str, int, bool, int]:
         case m.UpdateAck(attempt=attempt):
             return f"dn/x/{attempt}", 1, False, 60
         case m.BlobChunk(digest=digest, index=index):
-            return f"dn/blob/{digest}/{index}", 1, False, 300
+            return f"dn/blob/{digest}/{index}", 0, False, 0
         case m.BlobGone(digest=digest):
             return f"dn/blob/{digest}/gone", 1, False, 300
         case m.HubState():
