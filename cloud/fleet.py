@@ -35,8 +35,10 @@ class Fleet:
         return entry is not None and entry.state == "ready"
 
     def born(self, device: str, epoch: int, birth: Birth) -> None:
-        """A birth. It is believed whatever its epoch: a device that lost its storage may begin
-        to count anew, and only a device that is there says its birth.
+        """A birth; it is believed whatever its epoch.
+
+        A device that lost its storage may begin to count anew, and only a device that is there
+        says its birth.
         """
         self.devices[device] = Device(epoch, "ready", birth.capability, birth.working)
 

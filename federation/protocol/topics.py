@@ -1,7 +1,8 @@
 """The topic grammar: build and parse; no other module spells a topic.
 
 ```
-fl/1/<namespace>/d/<device>/up/state | birth | hb | task | req | x/<attempt>/open | x/<attempt>/c/<n>
+fl/1/<namespace>/d/<device>/up/state | birth | hb | task | req
+fl/1/<namespace>/d/<device>/up/x/<attempt>/open | x/<attempt>/c/<n>
 fl/1/<namespace>/d/<device>/dn/task | ctl | x/<attempt> | blob/<digest>/<n>
 fl/1/<namespace>/pub/hub | release/<run>
 ```
@@ -11,7 +12,9 @@ publish its own `up/#`, read its own `dn/#`, read `pub/#`.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from federation.errors import ProtocolError
 from federation.protocol import messages as m
@@ -52,6 +55,31 @@ class Origin:
     direction: str
 
 
+# Chunks go without the broker's guarantee: the transfer asks again for what is missing, and a
+# chunk that a broker queued for somebody who was away would arrive twice.
+ROUTES: Mapping[type[m.AnyLetter], Route] = MappingProxyType(
+    {
+        m.Presence: Route("up/state", retain=True),
+        m.Birth: Route("up/birth", expiry_s=600),
+        m.Heartbeat: Route("up/hb", qos=0, expiry_s=60),
+        m.TaskEvent: Route("up/task", expiry_s=3600),
+        m.BlobRequest: Route("up/req", expiry_s=60),
+        m.UpdateOpen: Route("up/x/{0.attempt}/open", expiry_s=3600),
+        m.UpdateChunk: Route("up/x/{0.attempt}/c/{0.index}", qos=0),
+        m.Assignment: Route("dn/task", expiry_s=3600),
+        m.Cancel: Route("dn/task", expiry_s=3600),
+        m.Welcome: Route("dn/ctl", expiry_s=300),
+        m.Rebirth: Route("dn/ctl", expiry_s=300),
+        m.UpdateAck: Route("dn/x/{0.attempt}", expiry_s=60),
+        m.BlobChunk: Route("dn/blob/{0.digest}/{0.index}", qos=0),
+        m.BlobGone: Route("dn/blob/{0.digest}/gone", expiry_s=300),
+        m.HubState: Route("pub/hub", retain=True),
+        m.Release: Route("pub/release/{0.run}", retain=True),
+    }
+)
+"""How each letter travels; its topic is below the device's branch, or below the root if public."""
+
+
 def root(namespace: str) -> str:
     """The prefix of all topics of one fleet."""
     return f"fl/{m.MAJOR}/{check_name('namespace', namespace)}"
@@ -69,45 +97,10 @@ def device_filters(namespace: str, device: str) -> list[str]:
 
 def route(namespace: str, device: str, letter: m.AnyLetter) -> Route:
     """How this letter travels; `device` names the branch and is ignored for public letters."""
-    level, qos, retain, expiry_s = _level(letter)
-    prefix = root(namespace)
-    if isinstance(letter, m.HubState | m.Release):
-        return Route(f"{prefix}/pub/{level}", qos, retain, expiry_s)
-    return Route(f"{prefix}/d/{device}/{level}", qos, retain, expiry_s)
-
-
-def _level(letter: m.AnyLetter) -> tuple[str, int, bool, int]:
-    # Chunks go without the broker's guarantee: the transfer asks again for what is missing, and
-    # a chunk that a broker queued for somebody who was away would arrive twice.
-    match letter:
-        case m.Presence():
-            return "up/state", 1, True, 0
-        case m.Birth():
-            return "up/birth", 1, False, 600
-        case m.Heartbeat():
-            return "up/hb", 0, False, 60
-        case m.TaskEvent():
-            return "up/task", 1, False, 3600
-        case m.BlobRequest():
-            return "up/req", 1, False, 60
-        case m.UpdateOpen(attempt=attempt):
-            return f"up/x/{attempt}/open", 1, False, 3600
-        case m.UpdateChunk(attempt=attempt, index=index):
-            return f"up/x/{attempt}/c/{index}", 0, False, 0
-        case m.Assignment() | m.Cancel():
-            return "dn/task", 1, False, 3600
-        case m.Welcome() | m.Rebirth():
-            return "dn/ctl", 1, False, 300
-        case m.UpdateAck(attempt=attempt):
-            return f"dn/x/{attempt}", 1, False, 60
-        case m.BlobChunk(digest=digest, index=index):
-            return f"dn/blob/{digest}/{index}", 0, False, 0
-        case m.BlobGone(digest=digest):
-            return f"dn/blob/{digest}/gone", 1, False, 300
-        case m.HubState():
-            return "hub", 1, True, 0
-        case m.Release(run=run):
-            return f"release/{run}", 1, True, 0
+    rule = ROUTES[type(letter)]
+    branch = "" if rule.topic.startswith("pub/") else f"d/{device}/"
+    topic = f"{root(namespace)}/{branch}{rule.topic.format(letter)}"
+    return Route(topic, rule.qos, rule.retain, rule.expiry_s)
 
 
 def parse(namespace: str, topic: str) -> Origin:
