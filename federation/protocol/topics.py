@@ -117,6 +117,8 @@ def parse(namespace: str, topic: str) -> Origin:
                 return Origin(device, direction)
             case ["pub", _, *_]:
                 return Origin("", "pub")
+            case _:
+                pass
     raise ProtocolError(
         f"topic {topic!r} is not of this fleet; expected {prefix}d/<device>/up|dn/... "
         f"or {prefix}pub/...: check the namespace on both sides"
