@@ -1,0 +1,218 @@
+"""The simulated hub: a coordinator's process, and the record that outlives it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cloud.config import RunPlan
+from cloud.coordinator import Coordinator
+from cloud.facts import HubFact, HubMemory, RoundClosed, RoundOpened, RunOpened, UpdateAccepted
+from federation.errors import ProtocolError
+from federation.protocol import messages as m
+from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
+from federation.protocol.topics import Route, hub_filters, open_letter, route
+from optimizer.baselines import select_uniformly
+from optimizer.problem import Selector
+from simulations.bus import PERFECT, Connection, LinkQuality
+from simulations.clock import Alarm
+from simulations.device import Surroundings, Trap
+
+PHASES = ("round-open", "mid-gathering", "before-ack", "mid-aggregation")
+"""Moments of a round at which the hub can be made to fail."""
+
+_RECONNECT_S = 0.5
+_KEPT_MODELS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubRecord:
+    """What outlives a hub's process, as `cloud.store.Store` offers it.
+
+    `record` writes a batch of facts, or none of it; `restore` gives the memory they amount to;
+    `read_content` gives a model by its digest.
+    """
+
+    record: Callable[[Sequence[HubFact]], None] = lambda _: None
+    restore: Callable[[], HubMemory] = HubMemory
+    read_content: Callable[[str], bytes | None] | None = None
+
+
+UNRECORDED = HubRecord()
+"""Nothing outlives the hub."""
+
+
+@dataclass(slots=True)
+class _Models:
+    """The newest models by digest, for a hub without a registry."""
+
+    kept: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, digest: str, model: bytes) -> None:
+        self.kept[digest] = model
+        while len(self.kept) > _KEPT_MODELS:
+            del self.kept[next(iter(self.kept))]
+
+
+class Hub:
+    """One hub. Its process dies in each of its `traps`, once."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        model: bytes,
+        *,
+        world: Surroundings,
+        record: HubRecord,
+        observe: Callable[[HubFact], None],
+        select: Selector = select_uniformly,
+        quality: LinkQuality = PERFECT,
+    ) -> None:
+        self.coordinator: Coordinator | None = None
+        self.traps: list[Trap] = []
+        self._plan, self._model = plan, model
+        self._clock, self._bus, self._namespace = world.clock, world.bus, world.namespace
+        self._select, self._quality = select, quality
+        self._record, self._observe = record, observe
+        self._models = _Models()
+        self._is_opened = False
+        self._boot = self._epoch = 0
+        self._cut_until = 0.0
+        self._connection: Connection | None = None
+        self._alarm = Alarm(world.clock, self._wake)
+
+    # What happens to it -------------------------------------------------------------------
+
+    def power_on(self) -> None:
+        """Start the process: it goes on where the record ends."""
+        if self.coordinator is not None:
+            return
+        self._boot += 1
+        self._epoch += 1
+        self.coordinator = Coordinator(
+            self._record.restore(),
+            select=self._select,
+            read_content=self._record.read_content or self._models.kept.get,
+        )
+        self._perform(self.coordinator.start(self._clock.now))
+        if not self._is_opened and self.coordinator is not None:
+            opening = self.coordinator.open_run(self._plan, self._model, self._clock.now)
+            self._perform(opening)
+        self._connect(self._boot)
+
+    def kill(self, away_s: float) -> None:
+        """End the process at once; it is started again after `away_s`."""
+        if self.coordinator is None:
+            return
+        self.coordinator = None
+        self._boot += 1
+        self._alarm.cancel()
+        if self._connection is not None:
+            self._connection.die()
+            self._connection = None
+        self._clock.call_at(self._clock.now + away_s, self.power_on)
+
+    def cut(self, for_s: float) -> None:
+        """The hub's own link to the broker dies for a while."""
+        self._cut_until = max(self._cut_until, self._clock.now + for_s)
+        if self._connection is not None:
+            self._connection.lose(detected_after_s=45.0, reason="link is down")
+
+    # Its link -----------------------------------------------------------------------------
+
+    def _connect(self, boot: int) -> None:
+        if boot != self._boot or self._connection is not None or self.coordinator is None:
+            return
+        if self._clock.now < self._cut_until:
+            self._clock.call_at(self._cut_until, self._connect, boot)
+            return
+        self._connection = self._bus.connect(
+            "hub",
+            hub_filters(self._namespace),
+            deliver=self._on_letter,
+            on_lost=self._on_lost,
+            will=self._sealed(m.HubState(online=False), ""),
+            quality=self._quality,
+        )
+        if self._connection is None:
+            self._clock.call_at(self._clock.now + _RECONNECT_S, self._connect, boot)
+            return
+        link = Link(is_up=True, epoch=self._epoch)
+        self._perform(self.coordinator.on_link(link, self._clock.now))
+
+    def _on_lost(self, reason: str) -> None:
+        if self.coordinator is None:
+            return
+        self._connection = None
+        link = Link(is_up=False, epoch=self._epoch, reason=reason)
+        self._perform(self.coordinator.on_link(link, self._clock.now))
+        self._clock.call_at(self._clock.now + _RECONNECT_S, self._connect, self._boot)
+
+    def _on_letter(self, topic: str, payload: bytes) -> bool:
+        if self.coordinator is None:
+            return False
+        now = self._clock.now
+        try:
+            _, envelope = open_letter(self._namespace, topic, payload)
+        except ProtocolError as error:
+            return self._perform(self.coordinator.on_unreadable(topic, error, now))
+        return self._perform(self.coordinator.on_message(envelope, now))
+
+    def _sealed(self, letter: m.AnyLetter, device: str) -> tuple[Route, bytes]:
+        return route(self._namespace, device, letter), m.seal("hub", self._epoch, letter)
+
+    # The coordinator's effects ------------------------------------------------------------
+
+    def _perform(self, effects: list[Effect[HubFact]]) -> bool:
+        """Record all facts, then say what follows from them; False if the hub died over it."""
+        facts = [effect.fact for effect in effects if isinstance(effect, Record)]
+        if facts:
+            if self.traps and self._springs(facts, "mid-aggregation"):
+                return False
+            self._record.record(facts)
+            for fact in facts:
+                self._learn(fact)
+            if self.traps and self._springs(facts, "round-open", "before-ack"):
+                return False
+        for effect in effects:
+            match effect:
+                case Send(letter, device):
+                    if self._connection is not None:
+                        self._connection.publish(*self._sealed(letter, device))
+                case WakeAt(at):
+                    self._alarm.set(at)
+                case _:
+                    pass
+        return not (self.traps and self._springs(facts, "mid-gathering"))
+
+    def _learn(self, fact: HubFact) -> None:
+        match fact:
+            case RunOpened():
+                self._is_opened = True
+                self._models.add(fact.content.digest, fact.model)
+            case RoundClosed():
+                self._models.add(fact.content.digest, fact.model)
+            case _:
+                pass
+        self._observe(fact)
+
+    def _wake(self) -> None:
+        if self.coordinator is not None:
+            self._perform(self.coordinator.on_wake(self._clock.now))
+
+    def _springs(self, facts: Sequence[HubFact], *phases: str) -> bool:
+        for trap in self.traps:
+            if trap.phase in phases and any(
+                isinstance(fact, _MARKS[trap.phase]) and trap.round in (0, fact.round)
+                for fact in facts
+            ):
+                self.traps.remove(trap)
+                self.kill(trap.away_s)
+                return True
+        return False
+
+
+_MARKS: dict[str, type[RoundOpened | UpdateAccepted | RoundClosed]] = {
+    "round-open": RoundOpened,
+    "mid-gathering": UpdateAccepted,
+    "before-ack": UpdateAccepted,
+    "mid-aggregation": RoundClosed,
+}

@@ -1,0 +1,74 @@
+"""Topics as trees of levels: who reads a topic, and which retained letters a filter matches."""
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from federation.protocol.topics import Route
+
+Reader = TypeVar("Reader")
+
+
+class Filters(Generic[Reader]):
+    """Who reads what; in a filter `+` is any one level, and `#` all that is below."""
+
+    __slots__ = ("below", "readers")
+
+    def __init__(self) -> None:
+        self.below: dict[str, Filters[Reader]] = {}
+        self.readers: dict[Reader, None] = {}
+
+    def add(self, name: str, reader: Reader) -> None:
+        """Let this reader have what matches a filter; again changes nothing."""
+        node = self
+        for level in name.split("/"):
+            node = node.below.setdefault(level, Filters())
+        node.readers[reader] = None
+
+    def matching(self, topic: str) -> Iterator[Reader]:
+        """The readers of a topic; one with several matching filters comes several times."""
+        return _readers(self, topic.split("/"), 0)
+
+
+class Retained:
+    """The last retained letter of each topic."""
+
+    __slots__ = ("below", "letter")
+
+    def __init__(self) -> None:
+        self.below: dict[str, Retained] = {}
+        self.letter: tuple[Route, bytes] | None = None
+
+    def put(self, route: Route, payload: bytes) -> None:
+        """Keep this letter in place of the one before; an empty one only clears it."""
+        node = self
+        for level in route.topic.split("/"):
+            node = node.below.setdefault(level, Retained())
+        node.letter = (route, payload) if payload else None
+
+    def matching(self, name: str) -> Iterator[tuple[Route, bytes]]:
+        """The retained letters whose topics match a filter."""
+        return _letters(self, name.split("/"), 0)
+
+
+def _readers(node: Filters[Reader], levels: list[str], depth: int) -> Iterator[Reader]:
+    if (rest := node.below.get("#")) is not None:
+        yield from rest.readers
+    if depth == len(levels):
+        yield from node.readers
+        return
+    for level in (levels[depth], "+"):
+        if (below := node.below.get(level)) is not None:
+            yield from _readers(below, levels, depth + 1)
+
+
+def _letters(node: Retained, levels: list[str], depth: int) -> Iterator[tuple[Route, bytes]]:
+    is_all = depth < len(levels) and levels[depth] == "#"
+    if node.letter is not None and (is_all or depth == len(levels)):
+        yield node.letter
+    if depth == len(levels):
+        return
+    below = node.below
+    chosen = below.values() if is_all or levels[depth] == "+" else [below.get(levels[depth])]
+    for child in chosen:
+        if child is not None:
+            yield from _letters(child, levels, depth if is_all else depth + 1)
