@@ -139,6 +139,9 @@ class LinkProxy:
                 group.create_task(self._carry(pair, far, near, self._down))
         except* OSError:
             pass  # one end is gone, and so the other end is reset
+        while self._is_hole:  # not even that comes through
+            pair.has_lost = True
+            await asyncio.sleep(_SLICE_S)
 
     async def _carry(
         self, pair: "_Pair", source: socket.socket, sink: socket.socket, pace: "_Pace"
@@ -163,16 +166,16 @@ class LinkProxy:
         while True:
             due, block = await blocks.get()
             await asyncio.sleep(due - self._loop.time())
-            if not block:
-                sink.shutdown(socket.SHUT_WR)
-                return
-            if sink is pair.near:
-                block = pair.packets.sift(block, self._is_doomed)
             if self._is_hole:
                 pair.has_lost = True
-                continue
-            await self._loop.sock_sendall(sink, block)
-            pace.passed_bytes += len(block)
+            elif block:
+                kept = pair.packets.sift(block, self._is_doomed) if sink is pair.near else block
+                pace.passed_bytes += len(kept)
+                await self._loop.sock_sendall(sink, kept)
+            else:
+                sink.shutdown(socket.SHUT_WR)
+            if not block:
+                return
 
     def _is_doomed(self, kind: int) -> bool:
         """Whether this packet towards the client is the acknowledgement to lose."""

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from federation.errors import ConfigError
 from federation.protocol.topics import Route
 
-_UNSENT_BYTES = 128 * 1024
+_UNSENT_BYTES = 64 * 1024
 """How much the kernel may hold unsent, so that a ping does not queue behind megabytes."""
 
 
