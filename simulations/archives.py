@@ -88,11 +88,14 @@ def read_idx(content: bytes) -> npt.NDArray[np.uint8]:
         DataError: The content is another format, or shorter than its header says.
     """
     content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _IDX_UINT8:
-        raise DataError("this is no IDX file of bytes: the set ships another format than expected")
-    axes = content[3]
-    shape = struct.unpack_from(f">{axes}I", content, 4)
-    body = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
+    begins = 4 + 4 * content[3] if len(content) >= 4 else 4
+    if len(content) < begins or content[:2] != b"\0\0" or content[2] != _IDX_UINT8:
+        raise DataError(
+            "this is no IDX file of bytes, which was expected, or its header is cut; delete the "
+            "file and fetch the data set again"
+        )
+    shape = struct.unpack_from(f">{content[3]}I", content, 4)
+    body = np.frombuffer(content, np.uint8, offset=begins)
     if body.size != np.prod(shape, dtype=np.int64):
         raise DataError(
             f"the IDX file holds {body.size} values, its header says {shape}: it is damaged; "

@@ -13,7 +13,7 @@ from simulations.fetching import Package, Registry
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a set before it is fetched; `shape` is one sample's, channels first."""
+    """What is known of a set before it is fetched; `shape` is one sample's."""
 
     name: str
     about: str
@@ -52,7 +52,7 @@ CATALOGUE: tuple[Entry, ...] = (
         name="watch",
         about="7 shoulder exercises, 10 people, wrist at 50 Hz, windows of 2 s",
         samples=4677,
-        shape=(6, 100),
+        shape=(100, 6),
         labels=("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW"),
         licence="BSD-3-Clause",
         client_names=tuple(f"person-{number:02d}" for number in range(1, 11)),
@@ -73,7 +73,7 @@ CATALOGUE: tuple[Entry, ...] = (
         name="hapt",
         about="6 activities, 30 people, phone at the waist at 50 Hz, windows of 2.56 s",
         samples=10_411,
-        shape=(6, 128),
+        shape=(128, 6),
         labels=("walking", "upstairs", "downstairs", "sitting", "standing", "lying"),
         licence="unsettled (package: none; UCI: CC BY 4.0 or non-commercial); never redistribute",
         client_names=tuple(f"person-{number:02d}" for number in range(1, 31)),

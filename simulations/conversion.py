@@ -26,14 +26,14 @@ _HAPT_AXES = ("acc-x", "acc-y", "acc-z", "gyro-x", "gyro-y", "gyro-z")
 
 
 def windows(series: npt.NDArray[Any], length: int, hop: int) -> npt.NDArray[np.float32]:
-    """Cuts a series of shape (samples, axes) into windows (count, axes, length) every `hop`.
+    """Cuts a series of shape (samples, axes) into windows (count, length, axes) every `hop`.
 
     A series shorter than a window gives none; what is left at the end is dropped.
     """
     if len(series) < length:
-        return np.empty((0, series.shape[1], length), np.float32)
+        return np.empty((0, length, series.shape[1]), np.float32)
     views = np.lib.stride_tricks.sliding_window_view(series, length, axis=0)[::hop]
-    return np.ascontiguousarray(views, np.float32)
+    return np.ascontiguousarray(views.swapaxes(1, 2), np.float32)
 
 
 def convert_watch(members: Members) -> Arrays:

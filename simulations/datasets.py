@@ -20,7 +20,7 @@ from simulations.catalogue import Entry, find_entry
 from simulations.conversion import Arrays
 from simulations.fetching import Package, Progress, check_digest, obtain
 
-_LAYOUT = 1  # of the cached arrays; a new number makes every set be converted again
+_LAYOUT = 2  # of the cached arrays; a new number makes every set be converted again
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DataSet:
     """Samples with labels, and whose they are where that is known.
 
     Attributes:
-        x: Channels first: (N, axes, time) for series, (N, channels, height, width) for images.
+        x: (N, time, axes) for series, (N, channels, height, width) from 0 to 1 for images.
         y: Class of each sample, an index into `labels`.
         client: Whose each sample is, an index into `client_names`; None without natural clients.
         part: Which arm or session of that client, an index into `part_names`; None as above.
@@ -159,7 +159,7 @@ def _check(entry: Entry, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
 
 def _read_cached(entry: Entry, kept: Path) -> Arrays:
     try:
-        with np.load(kept, allow_pickle=False) as stored:
+        with kept.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
         _check(entry, arrays)
     except FileNotFoundError as cause:

@@ -161,6 +161,7 @@ def _apt_command(package: Package, folder: Path, on_progress: Progress) -> list[
     options = {
         "Dir::State": state, "Dir::State::status": state / "status", "Dir::Cache": cache,
         "APT::Sandbox::User": "root", "Debug::NoLocking": "1", "Acquire::Languages": "none",
+        "APT::Update::Error-Mode": "any",  # else an update that reached nothing ends well
         "Acquire::Retries": "1", "Acquire::http::Timeout": "20", "Acquire::https::Timeout": "20",
     }  # fmt: skip
     command = ["apt-get", "--quiet"]
