@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 
 from cloud import showing
-from cloud.config import HubConfig, RunPlan, read_config
+from cloud.config import HubConfig, RunPlan
 from cloud.explaining import explain
 from cloud.store import Store
+from federation.config import read_config
 from federation.errors import HeadwaterError
 from federation.protocol.clock import steady_clock
 

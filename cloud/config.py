@@ -1,17 +1,15 @@
 """What an operator writes: `hub.toml` for the hub, `run.toml` for one run of training."""
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
-from federation.learning.methods import method_named
 
 from cloud.rounds import RoundPolicy
 from federation.errors import ConfigError, ProtocolError
+from federation.learning.methods import method_named
 from federation.protocol.messages import ModelSpec, Params
 from federation.protocol.topics import check_name
-
-Config = TypeVar("Config", bound=msgspec.Struct)
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,20 +108,3 @@ def _check(name: str, field: str) -> None:
         check_name(field, name)
     except ProtocolError as error:
         raise ConfigError(str(error)) from error
-
-
-def read_config(path: Path, kind: type[Config]) -> Config:
-    """A TOML file as a checked record.
-
-    Raises:
-        ConfigError: the file is absent or unreadable, a key is unknown, a value has the wrong
-            type or range. The message names the file and the path of the key in it.
-    """
-    try:
-        return msgspec.toml.decode(path.read_bytes(), type=kind)
-    except FileNotFoundError as error:
-        raise ConfigError(f"no file {path}; give the path of a {kind.__name__} in TOML") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}; correct the file and try again") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from federation.config import read_config
 from federation.errors import ConfigError, ProtocolError
 from federation.protocol.topics import check_name
 
@@ -79,14 +80,7 @@ def read_agent_config(path: Path) -> AgentConfig:
     Raises:
         ConfigError: absent, unreadable, an unknown key, a wrong type, or data that is not there.
     """
-    try:
-        config = msgspec.toml.decode(path.read_bytes(), type=AgentConfig)
-    except FileNotFoundError as error:
-        raise ConfigError(f"no file {path}; give the path of an agent.toml") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}; correct the file and try again") from error
+    config = read_config(path, AgentConfig)
     return _with_paths_from(config, path.parent)
 
 
