@@ -39,10 +39,10 @@ class Predictor:
         return self._loaded.labels
 
     def predict(self, x: NDArray[Any]) -> NDArray[np.float32]:
-        """The logits (N, classes) of samples (N, ...); flat samples (N, size) will do.
+        """The logits (N, classes) of samples (N, ...), N >= 1; flat ones (N, size) will do.
 
         Raises:
-            DataError: samples of another shape than the model takes.
+            DataError: no samples, or samples of another shape than the model takes.
         """
         return _infer(self._loaded, x)
 
@@ -70,10 +70,10 @@ def _infer(loaded: _Loaded, x: NDArray[Any]) -> NDArray[np.float32]:
     shape = loaded.sample_shape
     if samples.ndim == 2 and samples.shape[1] == int(np.prod(shape)):
         samples = samples.reshape(-1, *shape)
-    if samples.shape[1:] != shape or samples.ndim == 0:
+    if samples.shape[1:] != shape or samples.size == 0 or samples.ndim == 0:
         raise DataError(
             f"samples have shape {samples.shape}; the model takes (N, "
-            f"{', '.join(map(str, shape))}): reshape them, the samples first"
+            f"{', '.join(map(str, shape))}): give one sample or more, the samples first"
         )
     return loaded.run(samples)
 

@@ -4,7 +4,6 @@ Sums run over devices in sorted order, in float64, and are rounded to float32 on
 that a device did not send has no vote there; a tensor that nobody sent stays as it was.
 """
 
-import math
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +11,9 @@ from numpy.typing import NDArray
 
 from federation.errors import ProtocolError
 from federation.protocol.codec import Weights, check_tensor
+
+MAX_WEIGHT = 1e15
+"""No update counts more: their sum stays exact enough, and far from overflow."""
 
 
 class Aggregator(Protocol):
@@ -45,17 +47,18 @@ class WeightedMean:
             weight: how much it counts, such as its number of samples; zero has no vote.
 
         Raises:
-            ProtocolError: a second update of a device, or a weight that is negative or not
-                finite.
+            ProtocolError: a second update of a device, or a weight below 0, over
+                `MAX_WEIGHT` or not a number.
         """
         if device in self._updates:
             raise ProtocolError(
                 f"a second update of {device!r} in one aggregation; expected one each: "
                 "acknowledge the duplicate and drop it"
             )
-        if not (math.isfinite(weight) and weight >= 0.0):
+        if not 0.0 <= weight <= MAX_WEIGHT:
             raise ProtocolError(
-                f"update of {device!r} has weight {weight}; expected a finite number, not below 0"
+                f"update of {device!r} has weight {weight}; expected 0 to {MAX_WEIGHT:g}: "
+                "use the number of its samples"
             )
         self._updates[device] = (update, weight)
 
@@ -76,17 +79,19 @@ class WeightedMean:
         return {name: self._mean(name, tensor) for name, tensor in base.items()}
 
     def _mean(self, name: str, base: NDArray[np.float32]) -> NDArray[np.float32]:
-        total = np.zeros(base.shape, np.float64)
-        weights = 0.0
-        for device in sorted(self._updates):
-            update, weight = self._updates[device]
-            if name in update and weight > 0.0:
-                check_tensor(name, update[name], base)
-                total += np.multiply(update[name], weight, dtype=np.float64)
-                weights += weight
-        if weights == 0.0:
+        voters = [
+            (self._updates[device][0][name], self._updates[device][1])
+            for device in sorted(self._updates)
+            if name in self._updates[device][0] and self._updates[device][1] > 0.0
+        ]
+        if not voters:
             return base.copy()
-        return (total / weights).astype(np.float32)
+        whole = sum(weight for _, weight in voters)
+        mean = np.zeros(base.shape, np.float64)
+        for tensor, weight in voters:
+            check_tensor(name, tensor, base)
+            mean += np.multiply(tensor, weight / whole, dtype=np.float64)
+        return mean.astype(np.float32)
 
 
 def staleness_weight(age: int, alpha: float = 0.5) -> float:

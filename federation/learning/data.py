@@ -48,8 +48,9 @@ def as_local_data(x: Any, y: Any, origin: str) -> LocalData:
     """
     try:
         samples = np.ascontiguousarray(x, np.float32)
-        given = np.asarray(y)
-        labels = np.ascontiguousarray(given, np.int64)
+        given = np.ascontiguousarray(y)
+        with np.errstate(invalid="ignore"):
+            labels = given.astype(np.int64)
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{origin} does not hold numbers ({error}): store numeric arrays") from None
     if samples.ndim < 2 or labels.ndim != 1 or len(samples) != len(labels):
@@ -145,7 +146,7 @@ def _find_function(entry: str) -> Callable[[], Any]:
 
 def _read_npz(file: Path) -> LocalData:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
             if missing := {"x", "y"} - set(arrays.files):
                 raise DataError(
                     f"{file} lacks array {min(missing)!r}; it has "

@@ -80,6 +80,7 @@ def _trace(model: nn.Module, samples: NDArray[np.float32]) -> bytes:
     # it takes a tenth of the time and 140 MB less, and the check below trusts neither.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         torch.onnx.export(
             model,
             (torch.tensor(samples[:2]),),
