@@ -52,7 +52,7 @@ class LinkProxy:
         self._listener.bind((HOST, 0))
         self._listener.listen(128)
         self.port = self._listener.getsockname()[1]
-        self._acceptor = self._loop.create_task(self._accept())
+        self._loop.add_reader(self._listener, self._accept)
         self._thread.start()
         return self
 
@@ -109,8 +109,7 @@ class LinkProxy:
         self._pubacks_until_loss = nth
 
     async def _shut(self) -> None:
-        self._acceptor.cancel()
-        await asyncio.gather(self._acceptor, return_exceptions=True)
+        self._loop.remove_reader(self._listener)
         await self._reset(list(self._pairs))
 
     async def _reset(self, tasks: list[asyncio.Task[None]]) -> None:
@@ -118,16 +117,18 @@ class LinkProxy:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _accept(self) -> None:
-        while True:
-            near, _ = await self._loop.sock_accept(self._listener)
-            pair = _Pair(near, _open_socket())
-            if self._loop.time() < self._refuse_until:
-                pair.reset()
-                continue
-            task = self._loop.create_task(self._join(pair))
-            self._pairs[task] = pair
-            task.add_done_callback(lambda task: self._pairs.pop(task).reset())
+    def _accept(self) -> None:
+        try:
+            near, _ = self._listener.accept()
+        except OSError:
+            return  # whoever came has gone again
+        pair = _Pair(near, _open_socket())
+        if self._loop.time() < self._refuse_until:
+            pair.reset()
+            return
+        task = self._loop.create_task(self._join(pair))
+        self._pairs[task] = pair
+        task.add_done_callback(lambda task: self._pairs.pop(task).reset())
 
     async def _join(self, pair: "_Pair") -> None:
         near, far = pair.near, pair.far

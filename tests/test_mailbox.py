@@ -349,22 +349,17 @@ def test_silent_broker_is_noticed(broker: Broker, meet: Meet) -> None:
         assert "silent" in link.reason
 
 
-@pytest.mark.parametrize("direction", ["up", "down"])
-def test_slow_link_does_not_look_dead(broker: Broker, meet: Meet, direction: str) -> None:
-    """Chunks that keep a slow link busy for many keepalives do not cost the connection."""
-    with LinkProxy(broker.port, rate_bps=2e6) as proxy:
-        hub = meet("hub", broker.url, filters=("fl/1/gym/d/+/up/#",))
-        url = f"mqtt://127.0.0.1:{proxy.port}"
-        device = meet(
-            "wrist-1", url, keepalive_s=1, filters=("fl/1/gym/d/wrist-1/dn/#",), session_expiry_s=0
-        )
-        writer, reader = (device, hub) if direction == "up" else (hub, device)
-        route = HUB if direction == "up" else TASK
+def test_slow_link_does_not_look_dead(broker: Broker, meet: Meet) -> None:
+    """Letters that keep a slow link busy for many keepalives do not cost the connection."""
+    route = Route(HUB.topic, qos=0)  # nothing comes back for these but the answers to pings
+    with LinkProxy(broker.port, rate_bps=1.5e6) as proxy:
+        hub = meet("hub", broker.url, filters=("fl/1/gym/d/+/up/birth",))
+        device = meet("wrist-1", f"mqtt://127.0.0.1:{proxy.port}", keepalive_s=2)
 
         for n in range(16):
-            assert writer.mailbox.publish(route, bytes([n]) * 65536)
+            assert device.mailbox.publish(route, bytes([n]) * 65536)
 
-        assert [payload[0] for payload in reader.letters(16)] == list(range(16))
+        assert [payload[0] for payload in hub.letters(16)] == list(range(16))
         assert device.heard.empty()
 
 
