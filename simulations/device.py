@@ -96,6 +96,7 @@ class Device:
 
     __slots__ = (
         "_alarm", "_boot", "_checkpoint", "_connection", "_cut_until", "_epoch", "_failures",
+        "_has_left",
         "_model", "_rng", "_training", "_world", "agent", "data", "held", "name", "traps",
     )  # fmt: skip
 
@@ -116,6 +117,7 @@ class Device:
         self._boot = self._epoch = self._failures = 0
         self._checkpoint: tuple[str, float] = ("", 0.0)
         self._cut_until = 0.0
+        self._has_left = False
         self._training: _Training | None = None
         self._connection: Connection | None = None
         self._alarm = Alarm(world.clock, self._wake)
@@ -124,7 +126,7 @@ class Device:
 
     def power_on(self) -> None:
         """Start the agent's process; it goes on where the journal ends."""
-        if self.agent is not None:
+        if self.agent is not None or self._has_left:
             return
         self._boot += 1
         capability = m.Capability(agent="simulated")
@@ -164,6 +166,7 @@ class Device:
         if self._connection is not None:
             self._connection.close(self._sealed(m.Presence(state="disconnected"), self._epoch))
             self._connection = None
+        self._has_left = True
         self.kill(None)
 
     @property

@@ -1,0 +1,139 @@
+"""What goes wrong in a scenario, done to a world: at set times, at phases, or at random."""
+
+import random
+from collections.abc import Callable
+
+from cloud.facts import HubFact, RoundOpened
+from federation.errors import ConfigError
+from simulations.device import Trap
+from simulations.scenario import (
+    BrokerRestart,
+    Churn,
+    Cut,
+    Fault,
+    HubKill,
+    Kill,
+    LateJoin,
+    Leave,
+    Scenario,
+)
+from simulations.world import World, draws_of
+
+DROPOUT_PHASES = ("before-download", "mid-training", "before-upload")
+"""Where a device that drops out of a round does so."""
+
+
+def arrange_faults(scenario: Scenario, world: World, seed: int) -> None:
+    """Let everything in the scenario go wrong, each at its time.
+
+    Raises:
+        ConfigError: a fault names a device that the fleet does not have.
+    """
+    for fault in scenario.faults:
+        _check_names(fault, world)
+        _arrange(fault, world)
+    churn, rng = scenario.churn, draws_of(seed, "churn")
+    victims = sorted(world.devices)
+    _at_random(
+        world, churn.kill_every_s, rng, lambda away_s: _kill_any(world, victims, rng, away_s), churn
+    )
+    _at_random(
+        world, churn.cut_every_s, rng, lambda away_s: _cut_any(world, victims, rng, away_s), churn
+    )
+    _at_random(world, churn.hub_kill_every_s, rng, world.hub.kill, churn)
+    _at_random(
+        world,
+        churn.broker_restart_every_s,
+        rng,
+        lambda away_s: world.restart_broker(away_s, forgets=rng.random() < 0.5),
+        churn,
+    )
+    if churn.dropout > 0:
+        world.watch(_dropouts(world, churn, seed))
+
+
+def _arrange(fault: Fault, world: World) -> None:
+    at = world.clock.call_at
+    match fault:
+        case Kill(at_s=None, phase=str() as phase):
+            world.devices[fault.device].traps.append(Trap(phase, fault.round, fault.away_s))
+        case Kill(at_s=float() as at_s):
+            at(at_s, world.devices[fault.device].kill, fault.away_s)
+        case Cut():
+            at(fault.at_s, _cut, world, fault)
+        case HubKill(at_s=None, phase=str() as phase):
+            world.hub.traps.append(Trap(phase, fault.round, fault.away_s))
+        case HubKill(at_s=float() as at_s):
+            at(at_s, world.hub.kill, fault.away_s)
+        case BrokerRestart():
+            at(fault.at_s, lambda: world.restart_broker(fault.away_s, forgets=fault.forgets))
+        case Leave():
+            at(fault.at_s, world.devices[fault.device].leave)
+        case _:
+            pass  # A late join is how the device was made.
+
+
+def _cut(world: World, fault: Cut) -> None:
+    for name in fault.devices:
+        if name == "hub":
+            world.hub.cut(fault.for_s)
+        else:
+            world.devices[name].cut(fault.for_s, is_silent=fault.silent)
+
+
+def _check_names(fault: Fault, world: World) -> None:
+    match fault:
+        case Kill() | LateJoin() | Leave():
+            named: tuple[str, ...] = (fault.device,)
+        case Cut():
+            named = tuple(name for name in fault.devices if name != "hub")
+        case _:
+            named = ()
+    for name in named:
+        if name not in world.devices:
+            known = sorted(world.devices)
+            raise ConfigError(
+                f"a fault names device {name!r}; the fleet has {known[0]} to {known[-1]}: "
+                "correct the scenario"
+            )
+
+
+def _at_random(
+    world: World,
+    every_s: float,
+    rng: random.Random,
+    strike: Callable[[float], None],
+    churn: Churn,
+) -> None:
+    """Strike again and again, at times of a Poisson process."""
+    if every_s <= 0:
+        return
+
+    def again() -> None:
+        strike(rng.uniform(*churn.away_s))
+        world.clock.call_at(world.clock.now + rng.expovariate(1 / every_s), again)
+
+    world.clock.call_at(rng.expovariate(1 / every_s), again)
+
+
+def _kill_any(world: World, victims: list[str], rng: random.Random, away_s: float) -> None:
+    world.devices[rng.choice(victims)].kill(away_s)
+
+
+def _cut_any(world: World, victims: list[str], rng: random.Random, away_s: float) -> None:
+    world.devices[rng.choice(victims)].cut(away_s, is_silent=rng.random() < 0.5)
+
+
+def _dropouts(world: World, churn: Churn, seed: int) -> Callable[[HubFact], None]:
+    def on_fact(fact: HubFact) -> None:
+        if not isinstance(fact, RoundOpened):
+            return
+        for entry in fact.attempts:
+            rng = draws_of(seed, f"dropout/{entry.attempt}")
+            traps = world.devices[entry.device].traps
+            traps[:] = [trap for trap in traps if trap.round in (0, fact.round)]
+            if rng.random() < churn.dropout:
+                away_s = rng.uniform(*churn.away_s)
+                traps.append(Trap(rng.choice(DROPOUT_PHASES), fact.round, away_s))
+
+    return on_fact

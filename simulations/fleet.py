@@ -1,0 +1,182 @@
+"""Makes a fleet from a scenario: who holds which data, what is held out, how devices are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloud.config import RunPlan
+from edge_agent.agent import AgentSettings
+from federation.errors import ConfigError
+from federation.learning.data import (
+    LocalData,
+    dirichlet_partition,
+    iid_partition,
+    load_folder,
+    shard_partition,
+)
+from federation.protocol import codec
+from federation.protocol.messages import ModelSpec
+from simulations.bus import LinkQuality
+from simulations.datasets import DataSet, load
+from simulations.device import DeviceModel
+from simulations.scenario import FleetPlan, LateJoin, Scenario
+from simulations.world import Member, draws_of
+from simulations.wrist import wrist_fleet
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FleetData:
+    """What each device holds, by its name, and what none of them does."""
+
+    devices: Mapping[str, LocalData]
+    held_out: LocalData
+
+
+def fleet_data(scenario: Scenario, *, cache: Path) -> FleetData:
+    """The data of a scenario's fleet; the same scenario gives the same.
+
+    Raises:
+        DataError: a data set that is absent or damaged.
+        ConfigError: data that cannot be dealt out as the scenario says.
+    """
+    plan = scenario.fleet
+    if plan.partition == "wrist":
+        data = _wrist(plan, cache)
+    elif plan.folder is not None:
+        samples = load_folder(plan.folder)
+        data = _deal(plan, samples, *_split(plan, samples))
+    else:
+        dataset = load(plan.data, cache=cache)
+        data = _natural(plan, dataset) if plan.partition == "natural" else _dealt(plan, dataset)
+    if scenario.run.evaluation is not None:
+        return FleetData(data.devices, load_folder(scenario.run.evaluation))
+    return data
+
+
+def fleet_members(scenario: Scenario, data: FleetData) -> list[Member]:
+    """The devices of a scenario, each with its data and its pace."""
+    plan, link = scenario.device, scenario.link
+    joins = {f.device: f.at_s for f in scenario.faults if isinstance(f, LateJoin)}
+    quality = LinkQuality(
+        delay_s=link.delay_s, loss=link.loss, duplicates=link.duplicates, rate_bps=link.rate_bps
+    )
+    settings = AgentSettings(
+        heartbeat_s=plan.heartbeat_s, keepalive_s=plan.keepalive_s, timeout_s=plan.timeout_s
+    )
+    members = []
+    for name, held in data.devices.items():
+        pace = (1.0 + plan.spread) ** draws_of(scenario.seed, f"pace/{name}").uniform(-1.0, 1.0)
+        model = DeviceModel(
+            seconds_per_step=plan.seconds_per_step * pace,
+            checkpoint_s=plan.checkpoint_s,
+            joins_at_s=joins.get(name, 0.0),
+            quality=quality,
+            settings=settings,
+        )
+        members.append(Member(name, held, model))
+    return members
+
+
+def initial_model(plan: RunPlan) -> bytes:
+    """The encoded weights a run begins with, decided by its seed alone."""
+    from federation.learning.models import initial_weights
+
+    spec = ModelSpec(name=plan.model.name, sizes=plan.model.sizes)
+    return codec.encode(initial_weights(spec, plan.seed))
+
+
+def device_names(count: int) -> list[str]:
+    """The names of a fleet: `d00`, `d01` and so on."""
+    width = max(2, len(str(count - 1)))
+    return [f"d{number:0{width}}" for number in range(count)]
+
+
+def _wrist(plan: FleetPlan, cache: Path) -> FleetData:
+    fleet = wrist_fleet(load("watch", cache=cache))
+    if plan.devices != len(fleet.devices):
+        raise ConfigError(
+            f"fleet.devices is {plan.devices}; partition 'wrist' has {len(fleet.devices)} devices: "
+            "correct the scenario"
+        )
+    return FleetData(fleet.devices, fleet.held_out)
+
+
+def _dealt(plan: FleetPlan, dataset: DataSet) -> FleetData:
+    samples = LocalData(dataset.x, dataset.y)
+    if dataset.test is None:
+        return _deal(plan, samples, *_split(plan, samples))
+    return _deal(plan, samples, dataset.train, dataset.test)
+
+
+def _split(plan: FleetPlan, samples: LocalData) -> tuple[Indices, Indices]:
+    order = np.random.default_rng([plan.seed, 1]).permutation(samples.samples)
+    held_out = max(1, round(plan.hold_out * samples.samples))
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _deal(plan: FleetPlan, samples: LocalData, train: Indices, test: Indices) -> FleetData:
+    rng = np.random.default_rng([plan.seed, 2])
+    labels = samples.y[train]
+    match plan.partition:
+        case "iid":
+            parts = iid_partition(len(train), plan.devices, rng)
+        case "shards":
+            parts = shard_partition(labels, plan.devices, plan.shards_each, rng)
+        case "dirichlet":
+            parts = dirichlet_partition(labels, plan.devices, plan.alpha, rng)
+        case _:
+            raise ConfigError(
+                f"fleet.partition is {plan.partition!r}; data of a folder do not say whose they "
+                "are: use iid, shards or dirichlet"
+            )
+    dealt = [_cap(plan, train[part], rng) for part in parts]
+    names = device_names(plan.devices)
+    held = {name: samples.take(part) for name, part in zip(names, dealt, strict=True)}
+    return FleetData(held, samples.take(test))
+
+
+def _natural(plan: FleetPlan, dataset: DataSet) -> FleetData:
+    if dataset.client is None:
+        raise ConfigError(
+            f"{dataset.name} does not say whose samples are whose, which partition 'natural' "
+            "needs: use iid, shards or dirichlet"
+        )
+    rng = np.random.default_rng([plan.seed, 2])
+    clients = rng.permutation(len(dataset.client_names))
+    held_out = min(max(1, round(plan.hold_out * len(clients))), len(clients) - 1)
+    unseen, seen = clients[:held_out], np.sort(clients[held_out:])
+    samples = LocalData(dataset.x, dataset.y)
+    names = device_names(plan.devices)
+    parts = _whose(dataset, seen, plan.devices)
+    held = {
+        name: samples.take(_cap(plan, part, rng)) for name, part in zip(names, parts, strict=True)
+    }
+    return FleetData(held, samples.take(np.flatnonzero(np.isin(dataset.client, unseen))))
+
+
+def _whose(dataset: DataSet, clients: Indices, devices: int) -> list[Indices]:
+    """Device i holds samples of client i modulo their number; devices of one client share."""
+    parts: list[Indices] = [np.empty(0, np.int64)] * devices
+    for place, client in enumerate(clients.tolist()):
+        holders = range(place, devices, len(clients))
+        own = np.flatnonzero(dataset.client == client)
+        if len(holders) > len(own):
+            raise ConfigError(
+                f"fleet.devices is {devices}; client {dataset.client_names[client]} has only "
+                f"{len(own)} samples for {len(holders)} of them: take fewer devices"
+            )
+        # In the order of recording, so that devices of one client hold different sessions.
+        for holder, piece in zip(holders, np.array_split(own, max(len(holders), 1)), strict=False):
+            parts[holder] = piece
+    return parts
+
+
+def _cap(plan: FleetPlan, part: Indices, rng: np.random.Generator) -> Indices:
+    if plan.samples == 0 or len(part) <= plan.samples:
+        return part
+    return np.sort(rng.choice(part, size=plan.samples, replace=False))

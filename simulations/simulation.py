@@ -1,0 +1,151 @@
+"""Runs a scenario from its data to its result."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cloud.registry import Registry
+from cloud.store import Store
+from edge_agent.trainer import fulfil
+from federation.errors import ConfigError, StoreError
+from federation.protocol.codec import digest_of
+from simulations.device import Trainer
+from simulations.faults import arrange_faults
+from simulations.fleet import FleetData, fleet_data, fleet_members, initial_model
+from simulations.hub import UNRECORDED, HubRecord
+from simulations.report import (
+    Ledger,
+    Result,
+    RoundResult,
+    drop_reasons,
+    outcome_of,
+    versions,
+    write_result,
+)
+from simulations.scenario import Scenario
+from simulations.world import Conditions, World
+
+
+def simulate(
+    scenario: Scenario,
+    out: Path,
+    *,
+    cache: Path,
+    seed: int | None = None,
+    train: Trainer = fulfil,
+    on_round: Callable[[RoundResult], None] | None = None,
+) -> Result:
+    """Run a scenario and leave its files in `out`.
+
+    They are `result.json`, `curves.png`, `events.jsonl`, `model.safetensors`, and where the
+    hub may be killed, `hub/` with its database and model files. `seed` replaces the
+    scenario's; the run keeps its own. `cache` is where data sets are kept.
+
+    Raises:
+        ConfigError: a scenario that cannot be, or a folder that cannot be written to.
+        DataError: a data set that is not there.
+    """
+    seed = scenario.seed if seed is None else seed
+    data = fleet_data(scenario, cache=cache)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "events.jsonl").open("wb") as log, _hub_record(scenario, out) as record:
+            ledger = Ledger(scenario.run, data.held_out, log=log, on_round=on_round)
+            world = build_world(scenario, data, seed=seed, train=train, record=record)
+            world.watch(ledger.observe)
+            initial, _ = ledger.accuracy_of(world.model)
+            world.run(scenario.limit_s)
+        (out / "model.safetensors").write_bytes(world.model)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {out}: {error.strerror}; give another folder with --out"
+        ) from error
+    result = _result(scenario, seed, world, ledger, initial)
+    write_result(result, out)
+    return result
+
+
+def build_world(
+    scenario: Scenario,
+    data: FleetData,
+    *,
+    seed: int,
+    train: Trainer = fulfil,
+    record: HubRecord = UNRECORDED,
+) -> World:
+    """The world of a scenario, with all that goes wrong in it; it has not begun yet."""
+    world = World(
+        scenario.run,
+        initial_model(scenario.run),
+        fleet_members(scenario, data),
+        train=train,
+        conditions=Conditions(seed=seed),
+        record=record,
+    )
+    arrange_faults(scenario, world, seed)
+    return world
+
+
+@contextlib.contextmanager
+def stored(folder: Path, scenario: Scenario) -> Iterator[HubRecord]:
+    """The hub's real record, in a database and model files below a folder, begun anew."""
+    database = folder / "hub.db"
+    if database.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    registry = Registry(folder)
+    store = Store(f"sqlite:///{database.resolve()}")
+
+    def read_content(digest: str) -> bytes | None:
+        try:
+            return registry.read(digest)
+        except StoreError:
+            return None
+
+    try:
+        store.request_run(scenario.run)
+        yield HubRecord(
+            record=lambda facts: store.record(facts, registry),
+            restore=lambda: store.restore(registry),
+            read_content=read_content,
+        )
+    finally:
+        store.close()
+
+
+@contextlib.contextmanager
+def _hub_record(scenario: Scenario, out: Path) -> Iterator[HubRecord]:
+    if not scenario.kills_the_hub:
+        yield UNRECORDED
+        return
+    with stored(out / "hub", scenario) as record:
+        yield record
+
+
+def _result(
+    scenario: Scenario, seed: int, world: World, ledger: Ledger, initial_accuracy: float
+) -> Result:
+    status, reason = outcome_of(world.ended)
+    traffic = [world.bus.traffic(name) for name in world.devices]
+    measured = [row.accuracy for row in ledger.rounds if row.accuracy is not None]
+    return Result(
+        status=status,
+        reason=reason,
+        seed=seed,
+        virtual_s=world.clock.now,
+        rounds=tuple(ledger.rounds),
+        accuracy=measured[-1] if measured else None,
+        initial_accuracy=initial_accuracy,
+        updates=ledger.updates,
+        refused=dict(ledger.refused),
+        letters_refused=ledger.letters_refused,
+        drop_reasons=drop_reasons(ledger.rounds),
+        bytes_up=ledger.bytes_up,
+        bytes_down=ledger.bytes_down,
+        wire_up_bytes=sum(up for up, _ in traffic),
+        wire_down_bytes=sum(down for _, down in traffic),
+        model_sha256=digest_of(world.model),
+        run=scenario.run,
+        versions=versions(),
+    )
