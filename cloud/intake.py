@@ -36,12 +36,7 @@ class Intake:
         """An update is about to travel: say what has arrived of it, or that it need not."""
         if not self.owns(device, letter.attempt, now):
             return
-        verdict, reason = self._standing(letter.attempt)
-        if verdict == "too-late" and letter.attempt not in self._settled:
-            self._refuse(device, letter.attempt, letter.content.digest, verdict, reason, now)
-            return
-        if verdict != "open":
-            self._acknowledge(device, letter.attempt, letter.content.digest, verdict, reason)
+        if self._turns_away(device, letter.attempt, letter.content.digest, now):
             return
         try:
             up.check_announced(letter, self._largest_update())
@@ -58,12 +53,12 @@ class Intake:
         """A chunk of an update: store it, acknowledge it, and see whether that was the last."""
         if not self.owns(device, letter.attempt, now):
             return
+        # The round may have closed since the opening letter.
+        if self._turns_away(device, letter.attempt, letter.digest, now):
+            return
         upload = self._uploads.get(letter.attempt, letter.digest)
         if upload is None:
             # Nothing is known of this content: the device asks again with an opening letter.
-            if letter.attempt in self._settled:
-                verdict, reason = self._standing(letter.attempt)
-                self._acknowledge(device, letter.attempt, letter.digest, verdict, reason)
             return
         try:
             self._take(upload, letter)
@@ -130,6 +125,17 @@ class Intake:
             )
         )
         self._acknowledge(device, attempt, digest, "stored", "")
+
+    def _turns_away(self, device: str, attempt: str, digest: str, now: float) -> bool:
+        """Answer an update that cannot count any more; False where it may be taken."""
+        verdict, reason = self._standing(attempt)
+        if verdict == "open":
+            return False
+        if verdict == "too-late" and attempt not in self._settled:
+            self._refuse(device, attempt, digest, verdict, reason, now)
+        else:
+            self._acknowledge(device, attempt, digest, verdict, reason)
+        return True
 
     def _standing(self, attempt: str) -> tuple[Verdict, str]:
         """What an update of this attempt may expect: to be taken, or a verdict at once."""
