@@ -88,6 +88,13 @@ def insert_into(
     return sqlite.insert(table)
 
 
+def insert_once(connection: Connection, table: type[DeclarativeBase], **values: Any) -> bool:
+    """Insert a row unless a key of the table forbids it; whether it was inserted."""
+    row = insert_into(connection, table).values(values).on_conflict_do_nothing()
+    result = connection.execute(row, execution_options={"preserve_rowcount": True})
+    return result.rowcount > 0
+
+
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)

@@ -12,12 +12,16 @@ from typing import Any
 import msgspec
 
 from cloud import facts as f
+from federation.protocol.messages import Capability
 
 MAX_REASON = 500
 """Reasons are cut to so many characters."""
 
 MAX_ID = 200
 """Names that came from devices are cut to so many characters."""
+
+MAX_MODELS = 32
+"""So many of the models a device names are recorded."""
 
 _UNWRITABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -26,6 +30,12 @@ def bounded(text: str, length: int = MAX_REASON) -> str:
     """The text as it may be recorded: cut, and without control characters."""
     cut = text if len(text) <= length else text[: length - 1] + "…"
     return _UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", cut)
+
+
+def bounded_capability(said: Capability) -> Capability:
+    """What a device said of itself, as it may be recorded."""
+    models = tuple(bounded(model, MAX_ID) for model in said.models[:MAX_MODELS])
+    return msgspec.structs.replace(said, agent=bounded(said.agent, MAX_ID), models=models)
 
 
 def event_of(fact: f.HubFact) -> dict[str, Any]:
@@ -40,6 +50,8 @@ def event_of(fact: f.HubFact) -> dict[str, Any]:
     }
     if isinstance(fact, f.Released):
         row |= {"run": fact.release.run, "round": fact.release.round}
+    if isinstance(fact, f.DeviceBorn):
+        said["capability"] = bounded_capability(fact.capability)
     if isinstance(fact, f.RoundOpened):
         said["attempts"] = [entry.device for entry in fact.attempts]
         said["excluded"] = len(fact.excluded)
@@ -58,7 +70,7 @@ def _kebab(name: str) -> str:
 
 
 def _tamed(value: Any) -> Any:
-    """The same with every text bounded and every list cut."""
+    """The same with every text in it bounded."""
     match value:
         case str():
             return bounded(value)

@@ -7,7 +7,8 @@ from sqlalchemy import Connection, Select, delete, func, insert, select, update
 from cloud import facts as f
 from cloud import tables as t
 from cloud.config import RunPlan
-from cloud.database import insert_into
+from cloud.database import insert_into, insert_once
+from cloud.events import bounded
 from federation.errors import StoreError
 
 
@@ -54,7 +55,9 @@ def accept_update(connection: Connection, fact: f.UpdateAccepted) -> bool:
     Raises:
         StoreError: not all of its chunks are stored.
     """
-    row = insert_into(connection, t.Update).values(
+    is_new = insert_once(
+        connection,
+        t.Update,
         attempt=fact.attempt,
         run=fact.run,
         round=fact.round,
@@ -65,7 +68,7 @@ def accept_update(connection: Connection, fact: f.UpdateAccepted) -> bool:
         counts_in=fact.counts_in,
         at=fact.at,
     )
-    if not connection.execute(row.on_conflict_do_nothing()).rowcount:
+    if not is_new:
         return False
     _check_whole(connection, fact)
     connection.execute(
@@ -92,8 +95,9 @@ def _check_whole(connection: Connection, fact: f.UpdateAccepted) -> None:
 
 def refuse_update(connection: Connection, fact: f.UpdateRefused) -> bool:
     """Keep the verdict, the first if there are several, and forget what was stored."""
-    # What was accepted stays so, and its bytes with it.
-    this = (t.Attempt.attempt == fact.attempt, t.Attempt.verdict.is_distinct_from("stored"))
+    # What was accepted stays so, and its bytes with it. The attempt may be the device's invention.
+    attempt = bounded(fact.attempt)
+    this = (t.Attempt.attempt == attempt, t.Attempt.verdict.is_distinct_from("stored"))
     told = connection.execute(
         update(t.Attempt)
         .where(*this)

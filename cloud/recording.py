@@ -7,20 +7,17 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, assert_never
 
-import msgspec
 from sqlalchemy import Connection, insert, select, update
 
 from cloud import facts as f
 from cloud import receiving
 from cloud import tables as t
-from cloud.database import insert_into
-from cloud.events import MAX_ID, bounded, event_of
+from cloud.database import insert_into, insert_once
+from cloud.events import bounded, bounded_capability, event_of
 from federation.protocol.messages import Content
 
 MAX_EPOCH = 2**63 - 1
 """The largest integer of a database column; a letter may carry one bit more."""
-
-_MAX_MODELS = 100
 
 
 def files_of(fact: f.HubFact) -> tuple[str, Content, bytes] | None:
@@ -98,16 +95,10 @@ def _apply(connection: Connection, fact: f.HubFact) -> bool:  # noqa: C901, PLR0
 
 
 def _device_born(connection: Connection, fact: f.DeviceBorn) -> bool:
-    said = fact.capability
-    capability = msgspec.structs.replace(
-        said,
-        agent=bounded(said.agent, MAX_ID),
-        models=tuple(bounded(model, MAX_ID) for model in said.models[:_MAX_MODELS]),
-    )
     now_is = {
         "epoch": min(fact.epoch, MAX_EPOCH),
         "state": "ready",
-        "capability": capability,
+        "capability": bounded_capability(fact.capability),
         "born_at": fact.at,
         "changed_at": fact.at,
     }
@@ -170,7 +161,9 @@ def _waiting(connection: Connection, fact: f.Waiting) -> bool:
 def _released(connection: Connection, fact: f.Released) -> bool:
     release = fact.release
     _add_model(connection, release.content, "onnx")
-    row = insert_into(connection, t.Release).values(
+    return insert_once(
+        connection,
+        t.Release,
         run=release.run,
         round=release.round,
         digest=release.content.digest,
@@ -179,21 +172,19 @@ def _released(connection: Connection, fact: f.Released) -> bool:
         labels=release.labels,
         at=fact.at,
     )
-    return bool(connection.execute(row.on_conflict_do_nothing()).rowcount)
 
 
 def _add_model(connection: Connection, content: Content, kind: str) -> None:
-    row = insert_into(connection, t.Model).values(
-        digest=content.digest, size=content.size, kind=kind
-    )
-    connection.execute(row.on_conflict_do_nothing())
+    insert_once(connection, t.Model, digest=content.digest, size=content.size, kind=kind)
 
 
 # Rounds and attempts ----------------------------------------------------------------------
 
 
 def _round_opened(connection: Connection, fact: f.RoundOpened) -> bool:
-    row = insert_into(connection, t.Round).values(
+    is_new = insert_once(
+        connection,
+        t.Round,
         run=fact.run,
         number=fact.round,
         status="open",
@@ -203,7 +194,7 @@ def _round_opened(connection: Connection, fact: f.RoundOpened) -> bool:
         opened_at=fact.at,
         excluded={device: bounded(reason) for device, reason in fact.excluded.items()},
     )
-    if not connection.execute(row.on_conflict_do_nothing()).rowcount:
+    if not is_new:
         return False
     # The records of the attempts may have changed since this fact was noted; the facts that
     # follow say how, so here all of them begin.
@@ -281,23 +272,19 @@ def _round_closed(connection: Connection, fact: f.RoundClosed) -> bool:
 
 
 def _round_abandoned(connection: Connection, fact: f.RoundAbandoned) -> bool:
-    this = (t.Round.run == fact.run, t.Round.number == fact.round)
-    known = connection.execute(select(t.Round.status, t.Round.ended_at).where(*this)).one_or_none()
-    if known is not None and known.status == "abandoned" and known.ended_at == fact.at:
-        return False
-    connection.execute(
+    counted = connection.execute(
         update(t.Run)
-        .where(t.Run.name == fact.run)
-        .values(abandoned_in_a_row=t.Run.abandoned_in_a_row + 1)
+        .where(t.Run.name == fact.run, t.Run.abandoned_at.is_distinct_from(fact.at))
+        .values(abandoned_in_a_row=t.Run.abandoned_in_a_row + 1, abandoned_at=fact.at)
     )
-    if known is None or known.status != "open":
-        # No round was open: too few devices came to open one, and that counts as well.
-        return True
-    connection.execute(
+    abandoned = connection.execute(
         update(t.Round)
-        .where(*this)
+        .where(t.Round.run == fact.run, t.Round.number == fact.round, t.Round.status == "open")
         .values(status="abandoned", reason=bounded(fact.reason), ended_at=fact.at)
     )
+    if not abandoned.rowcount:
+        # No round was open: too few devices came to open one, and that counts as well.
+        return bool(counted.rowcount)
     # Updates of this very round are dropped; late ones that were kept count in the next.
     mine = (t.Update.run == fact.run, t.Update.counts_in == fact.round)
     receiving.forget_uploads(

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, select, update
 from cloud import queries, recording, restoring
 from cloud import tables as t
 from cloud.config import RunPlan
-from cloud.database import in_words, insert_into, open_database
+from cloud.database import in_words, insert_once, open_database
 from cloud.events import bounded
 from cloud.facts import HubFact, HubMemory
 from cloud.queries import AttemptRow, DeviceRow, EventRow, RoundRow, RunStatus
@@ -44,7 +44,9 @@ class Store:
             ConfigError: there is a run of this name, or was one.
         """
         with self._writing("request a run in") as connection:
-            row = insert_into(connection, t.Run).values(
+            is_new = insert_once(
+                connection,
+                t.Run,
                 name=plan.name,
                 plan=plan,
                 status="requested",
@@ -59,8 +61,7 @@ class Store:
                 wait_until=0.0,
                 wait_at=0.0,
             )
-            added = connection.execute(row.on_conflict_do_nothing(index_elements=["name"]))
-            if not added.rowcount:
+            if not is_new:
                 raise ConfigError(
                     f"there is a run {plan.name!r} already; give this one another name"
                 )
@@ -98,8 +99,7 @@ class Store:
     def next_epoch(self) -> int:
         """The hub's next epoch: one more than any before."""
         with self._writing("begin an epoch in") as connection:
-            first = insert_into(connection, t.Hub).values(id=1, epoch=0)
-            connection.execute(first.on_conflict_do_nothing())
+            insert_once(connection, t.Hub, id=1, epoch=0)
             grown = update(t.Hub).values(epoch=t.Hub.epoch + 1).returning(t.Hub.epoch)
             return connection.execute(grown).scalar_one()
 
@@ -134,7 +134,9 @@ class Store:
     ) -> None:
         """Write down what a round's model was measured to be; the first measurement stays."""
         with self._writing("record an evaluation in") as connection:
-            row = insert_into(connection, t.Evaluation).values(
+            insert_once(
+                connection,
+                t.Evaluation,
                 run=run,
                 round=round,
                 name=bounded(name),
@@ -142,7 +144,6 @@ class Store:
                 loss_sum=None if math.isnan(loss_sum) else loss_sum,
                 samples=samples,
             )
-            connection.execute(row.on_conflict_do_nothing())
 
     def restore(self, registry: Registry) -> HubMemory:
         """All that a coordinator begins from, as the record has it.

@@ -129,6 +129,7 @@ class Run(Base):
     model: Mapped[str | None] = mapped_column(ForeignKey("models.digest"))
     chunk_bytes: Mapped[int | None]
     abandoned_in_a_row: Mapped[int]
+    abandoned_at: Mapped[float | None]
     bytes_up: Mapped[int]
     bytes_down: Mapped[int]
     wait_name: Mapped[str]

@@ -9,19 +9,15 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from cloud.store import Store
-
 OWNER, PASSWORD = "headwater", "only for tests"
 START_S = 30.0
-
-NewDatabase = Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -76,40 +72,10 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     server: Server = request.getfixturevalue("postgresql")
     name = f"empty_{next(_numbers)}"
     server.run(f"CREATE DATABASE {name} TEMPLATE template0")
-    yield server.url(name)
-    server.run(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture
-def new_database(database_url: str, request: pytest.FixtureRequest) -> Iterator[NewDatabase]:
-    """Databases that have the newest tables and no rows, as many as asked for."""
-    Store(database_url).close()
-    if database_url.startswith("sqlite"):
-        yield lambda: _copied(database_url)
-        return
-    server: Server = request.getfixturevalue("postgresql")
-    template = database_url.rsplit("/", 1)[1]
-    names: list[str] = []
-
-    def create() -> str:
-        name = f"{template}_{len(names)}"
-        server.run(f"CREATE DATABASE {name} TEMPLATE {template}")
-        names.append(name)
-        return server.url(name)
-
-    yield create
-    for name in names:
-        server.run(f"DROP DATABASE {name} WITH (FORCE)")
+    yield server.url(name)  # To drop it takes longer than to leave it to the end.
 
 
 _numbers = itertools.count()
-
-
-def _copied(url: str) -> str:
-    path = Path(url.removeprefix("sqlite:///"))
-    copy = path.with_name(f"copy-{next(_numbers)}.db")
-    shutil.copyfile(path, copy)
-    return f"sqlite:///{copy}"
 
 
 def _installations() -> list[Path]:

@@ -85,6 +85,7 @@ def _create_runs() -> None:
         sa.Column("model", sa.Text(), sa.ForeignKey("models.digest")),
         sa.Column("chunk_bytes", sa.BigInteger()),
         sa.Column("abandoned_in_a_row", sa.BigInteger(), nullable=False),
+        sa.Column("abandoned_at", sa.Double()),
         sa.Column("bytes_up", sa.BigInteger(), nullable=False),
         sa.Column("bytes_down", sa.BigInteger(), nullable=False),
         sa.Column("wait_name", sa.Text(), nullable=False),
