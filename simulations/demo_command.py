@@ -41,8 +41,10 @@ def run_demo(
     with demo.set_stage(out.resolve(), fleet, plan, BrokerConfig(kind=broker)) as stage:
         store = _bring_up(stage)
         status = _follow(stage, store, fleet.person_of, console)
+        seconds = time.monotonic() - began
         rows = _when_measured(store, status)
-    seconds = time.monotonic() - began
+        for row in rows[len(rows) - 4 :]:
+            console.print(demo_view.round_line(store, row), markup=False, soft_wrap=True)
     console.print("each device alone, for as long ...")
     alone = demo.alone(fleet, SPEC, PLAN, rounds)
     _finish(out, rows, alone, stage, status, seconds, console)
