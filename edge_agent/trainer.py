@@ -9,10 +9,10 @@ import logging
 import os
 import queue
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import IO
 import msgspec
 import numpy as np
 
+from edge_agent.durable import read_sealed, remove, write_sealed
 from edge_agent.frames import (
     DataSource,
     Finished,
@@ -31,7 +32,7 @@ from edge_agent.frames import (
     read_order,
     write_frame,
 )
-from federation.errors import CodecError, HeadwaterError
+from federation.errors import CodecError, HeadwaterError, StoreError
 from federation.learning.data import LocalData, load_entry, load_folder
 from federation.learning.layers import choose_layers
 from federation.learning.training import (
@@ -58,32 +59,36 @@ class CheckpointFile:
     every_s: float = 5.0
 
     def write(self, identity: str, checkpoint: Checkpoint) -> None:
-        """Replace the file, so that after a power cut it is the old one or the new one."""
-        content = checkpoint.to_bytes()
-        head = f"{identity} {digest_of(content)}\n".encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=self.path.parent, prefix=f"{self.path.name}.", delete=False
-        ) as file:
-            file.write(head + content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).replace(self.path)
+        """Replace the file, so that after a power cut it is the old one or the new one.
+
+        Raises:
+            StoreError: the disk is full, read-only or broken; the old file stands.
+        """
+        write_sealed(self.path, f"{identity}\n".encode() + checkpoint.to_bytes())
 
     def read(self, identity: str) -> Checkpoint | None:
-        """The checkpoint of this training; None where there is none, whole and its own."""
+        """The checkpoint of this training; None where there is none, whole and its own.
+
+        Raises:
+            StoreError: the disk cannot be read.
+        """
+        payload = read_sealed(self.path) or b""
+        owner, _, content = payload.partition(b"\n")
+        if owner != identity.encode():
+            return None
         try:
-            head, _, content = self.path.read_bytes().partition(b"\n")
-            if head == f"{identity} {digest_of(content)}".encode():
-                return Checkpoint.from_bytes(content)
-        except (FileNotFoundError, CodecError):
-            pass
-        return None
+            return Checkpoint.from_bytes(content)
+        except CodecError:
+            return None
 
     def forget(self) -> None:
-        """Remove the file, and what a write that was cut short left behind."""
-        for file in (self.path, *self.path.parent.glob(f"{self.path.name}.*")):
-            file.unlink(missing_ok=True)
+        """Remove the file, and what a write that was cut short left behind.
+
+        Raises:
+            StoreError: it cannot be removed.
+        """
+        for file in sorted(self.path.parent.glob(f"{self.path.name}*")):
+            remove(file)
 
 
 def fulfil(
@@ -120,13 +125,10 @@ def fulfil(
         trained = Trained(assignment.attempt, failure=f"stopped: {error}")
     except HeadwaterError as error:
         trained = Trained(assignment.attempt, failure=str(error))
-    except OSError as error:
-        return Trained(
-            assignment.attempt,
-            failure=f"the checkpoint cannot be kept ({error}): free some space",
-        )
     if checkpoint is not None:
-        checkpoint.forget()
+        # What stays behind for want of a working disk is told by its identity.
+        with suppress(StoreError):
+            checkpoint.forget()
     return trained
 
 

@@ -173,6 +173,8 @@ class Worker:
             checkpoint_every_s=self._limits.checkpoint_every_s,
             threads=self._limits.threads,
         )
+        if self._checkpoints is not None:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
         if self._thread is None:
             self._thread = threading.Thread(target=self._keep, name="trainer-keeper", daemon=True)
             self._thread.start()
@@ -282,9 +284,8 @@ class Worker:
     def _checkpoint(self, attempt: str) -> Path | None:
         if self._checkpoints is None:
             return None
-        # Hashed, since the hub chose the attempt's name and it shall not choose a path.
-        name = hashlib.sha256(attempt.encode()).hexdigest()[:32]
-        return self._checkpoints / f"{name}.checkpoint"
+        # As `Journal.checkpoint_path`, which clears away every other file in the folder.
+        return self._checkpoints / hashlib.sha256(attempt.encode()).hexdigest()[:32]
 
     def _forget(self, attempt: str) -> None:
         checkpoint = self._checkpoint(attempt)

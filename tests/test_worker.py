@@ -11,8 +11,10 @@ import psutil
 import pytest
 
 from edge_agent.frames import DataSource
+from edge_agent.journal import Journal
 from edge_agent.trainer import CheckpointFile, fulfil
 from edge_agent.worker import Worker, WorkerLimits
+from federation.errors import StoreError
 from federation.learning.data import load_folder
 from federation.learning.models import initial_weights
 from federation.learning.training import Checkpoint, Progress
@@ -237,7 +239,7 @@ def test_work_goes_on_after_a_restart_of_the_agent(hire, ears, folder, tmp_path)
     first = hire(checkpoint_every_s=0.0)
     first.train(assignment(**plan), BASE)
     checkpoints = tmp_path / "checkpoints"
-    eventually(lambda: checkpoints.exists() and list(checkpoints.glob("*.checkpoint")))
+    eventually(lambda: checkpoints.exists() and list(checkpoints.iterdir()))
     first.close()
     assert ears.trained == []
 
@@ -321,12 +323,21 @@ def test_a_worker_costs_no_numpy_until_it_trains():
     assert found.stdout.strip() == "set()"
 
 
+def test_the_journal_spares_the_checkpoint_of_the_assignment_in_hand(hire, tmp_path):
+    """Worker and journal agree where an attempt's checkpoint lies."""
+    journal = Journal(tmp_path)
+    try:
+        assert hire()._checkpoint("r_1_d") == journal.checkpoint_path("r_1_d")
+    finally:
+        journal.close()
+
+
 @pytest.mark.parametrize("cut", ["resume", "torn", "foreign", "garbage"])
 def test_only_a_whole_checkpoint_of_its_own_is_resumed(folder, tmp_path, cut):
     """Whatever lies at the checkpoint's path, the update has the undisturbed bits."""
     data, plan = load_folder(folder), {"epochs": 5}
     undisturbed = fulfil(assignment(**plan), BASE, data)
-    file = CheckpointFile(tmp_path / "c" / "one.checkpoint", every_s=0.0)
+    file = CheckpointFile(tmp_path / "one.checkpoint", every_s=0.0)
     kept = []
 
     def crash(done, _total):
@@ -366,11 +377,12 @@ def test_a_write_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StoreError, match="No space"):
         file.write("id", Checkpoint(weights, np.zeros(2, np.float32), Progress(steps=2)))
 
     assert file.read("id").progress.steps == 1
     assert file.read("other") is None
+    monkeypatch.undo()
     file.forget()
     assert list(tmp_path.iterdir()) == []
 
