@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from federation.learning.aggregation import staleness_weight
-from federation.learning.methods import method_named
 
 from cloud.config import RunPlan
 from cloud.facts import RunMemory
 from cloud.rounds import Attempt, Round
+from federation.learning.aggregation import staleness_weight
+from federation.learning.methods import method_named
 from federation.protocol import codec
 from federation.protocol.codec import Weights
 from federation.protocol.messages import (

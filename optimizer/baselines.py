@@ -20,5 +20,7 @@ def select_uniformly(
     drawn = {names[index] for index in rng.choice(len(names), size=count, replace=False)}
     return Selection(
         chosen=tuple(sorted(drawn)),
-        excluded={name: f"not drawn: {count} of {len(names)}" for name in names if name not in drawn},
+        excluded={
+            name: f"not drawn: {count} of {len(names)}" for name in names if name not in drawn
+        },
     )

@@ -1,0 +1,1 @@
+"""Whole fleets: on a virtual clock, and as real processes on one machine."""

@@ -43,6 +43,11 @@ def wrap(owner: Any, name: str, *, before: Any = None, after: Any = None) -> Non
     setattr(owner, name, watched)
 
 
+def on_agent_event(event: Any, _now: float) -> None:
+    if getattr(event, "share", 0.0) > 0.3:
+        die_if("mid-training")
+
+
 def watch_agent() -> None:
     from edge_agent.agent import Agent
     from edge_agent.journal import Journal
@@ -68,14 +73,10 @@ def watch_agent() -> None:
         if isinstance(envelope.body, m.UpdateAck) and envelope.body.verdict == "stored":
             die_if("before-ack")
 
-    def on_event(event: Any, _now: float) -> None:
-        if getattr(event, "share", 0.0) > 0.3:
-            die_if("mid-training")
-
     wrap(Mailbox, "publish", before=on_publish)
     wrap(Journal, "record", after=on_kept)
     wrap(Agent, "on_message", before=on_letter)
-    wrap(AgentRunner, "_react", before=on_event)
+    wrap(AgentRunner, "_react", before=on_agent_event)
 
 
 def watch_hub() -> None:

@@ -12,6 +12,9 @@ from federation.protocol.messages import AnyLetter, Assignment, Envelope, Report
 
 Fact = TypeVar("Fact")
 
+NOTHING = Report(samples=0)
+"""The report of a training that gave nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -62,7 +65,7 @@ class Trained:
 
     attempt: str
     update: bytes = b""
-    report: Report = Report(samples=0)
+    report: Report = NOTHING
     failure: str = ""
 
 
