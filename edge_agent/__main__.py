@@ -5,10 +5,12 @@ Written with argparse and the standard library alone, since it is installed on s
 
 import argparse
 import logging
+import os
 import random
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from edge_agent.config import read_agent_config
 from federation.errors import HeadwaterError
@@ -27,15 +29,20 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our words has gone, as `head` does; Python shall not try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("headwater-agent", description="One device of a fleet.")
-    parser.add_argument("--verbose", action="store_true", help="log each step to standard error")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     run = verbs.add_parser("run", help="train and infer as the hub asks, until stopped")
     run.add_argument("config", type=Path, help="the device's agent.toml")
     run.set_defaults(verb=_run)
+    # Before or after the verb: whoever looks for a fault should not have to look for a flag.
+    for place, default in ((parser, False), (run, argparse.SUPPRESS)):
+        place.add_argument("--verbose", action="store_true", default=default, help="log each step")
     check = verbs.add_parser("check", help="see whether configuration, data and broker will do")
     check.add_argument("config", type=Path, help="the device's agent.toml")
     check.set_defaults(verb=_check)
@@ -49,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     from edge_agent.runner import AgentRunner
 
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end_now)
     config = read_agent_config(arguments.config)
     runner = AgentRunner(config, clock=steady_clock(), rng=random.Random())  # noqa: S311 -- jitter
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -57,19 +66,24 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _end_now(*_: object) -> NoReturn:
+    """Nothing has begun yet, so there is nothing to bring to an end."""
+    sys.exit(0)
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from edge_agent.checking import check_agent
 
     for line in check_agent(read_agent_config(arguments.config)):
         sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
     return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from edge_agent.inference import predict_file
+    from edge_agent.predicting import predict_file
 
-    config = read_agent_config(arguments.config)
-    for line in predict_file(config.folder, arguments.input):
+    for line in predict_file(read_agent_config(arguments.config), arguments.input):
         sys.stdout.write(f"{line}\n")
     return 0
 

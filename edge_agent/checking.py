@@ -1,33 +1,65 @@
 """Sees, before a device is left alone, whether its configuration will do."""
 
 import dataclasses
+import importlib.util
 import os
 import queue
 import random
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from edge_agent.config import AgentConfig, password
-from federation.errors import LinkError
+from federation.errors import ConfigError, LinkError, ProtocolError
 from federation.protocol.effects import Link
 from federation.protocol.link import Arrived, MailboxConfig
-from federation.protocol.messages import Presence, seal
+from federation.protocol.messages import HubState, Presence, seal
 from federation.protocol.mqtt import Mailbox
-from federation.protocol.topics import Route, route
+from federation.protocol.topics import Route, device_filters, open_letter, route
 
 PATIENCE_S = 10.0
+"""How long the broker may take to let the device in."""
+
+HUB_PATIENCE_S = 2.0
+"""How long the broker may take to pass on what the hub last said of itself."""
 
 
 def check_agent(config: AgentConfig) -> Iterator[str]:
-    """One line for each thing that is in order.
+    """One line for each thing that is in order; what is not in order ends it.
 
     Raises:
-        ConfigError, DataError: the data cannot be used.
+        ConfigError, DataError: what the device needs is not installed, its folder cannot be
+            written, or its data cannot be used.
         LinkError: the broker cannot be reached or refuses us.
     """
     yield f"configuration of {config.device} is in order"
-    if config.data is not None:
-        yield _check_data(config)
-    yield _check_link(config)
+    _check_installed(config)
+    yield _check_folder(config.folder)
+    yield _check_data(config)
+    yield from _check_link(config)
+
+
+def _check_installed(config: AgentConfig) -> None:
+    needs = {"torch": ("train", config.data is not None), "onnxruntime": ("infer", config.infers)}
+    for module, (extra, is_needed) in needs.items():
+        if is_needed and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"{module} is not installed, and a device that is to {extra} needs it: "
+                f"pip install 'headwater[edge,{extra}]'"
+            )
+
+
+def _check_folder(folder: Path) -> str:
+    """Only looks: the folder may belong to an agent that is running."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"folder {folder} cannot be used: {existing} is not a folder that may be written to; "
+            "correct the path or its permissions"
+        )
+    return f"folder {folder} can be written to"
 
 
 def _check_data(config: AgentConfig) -> str:
@@ -38,16 +70,19 @@ def _check_data(config: AgentConfig) -> str:
     folder, entry = config.data.folder, config.data.entry
     data = load_folder(folder) if folder is not None else load_entry(entry)
     shape = " x ".join(str(size) for size in data.x.shape[1:])
-    return f"data has {len(data.y)} samples of {shape}, labels 0 to {int(data.y.max())}"
+    if not data.samples:
+        return "data is in order, and empty so far: training needs a sample or more"
+    return f"data has {data.samples} samples of {shape}, labels 0 to {int(data.y.max())}"
 
 
-def _check_link(config: AgentConfig) -> str:
+def _check_link(config: AgentConfig) -> Iterator[str]:
     """Connect once under a name of our own, so that a running agent is not pushed out."""
     events: queue.SimpleQueue[Arrived | Link] = queue.SimpleQueue()
     mailbox = Mailbox(
         MailboxConfig(
             url=config.broker,
             client_id=f"{config.namespace}-{config.device}-check-{os.getpid()}",
+            filters=tuple(device_filters(config.namespace, config.device)),
             user=config.user,
             password=password(),
             ca_file=config.ca_file,
@@ -60,17 +95,51 @@ def _check_link(config: AgentConfig) -> str:
     )
     mailbox.open()
     try:
+        _wait_for_link(config, events)
+        yield f"broker {config.broker} lets this device in"
+        yield _ask_for_hub(config, events)
+    finally:
+        mailbox.close()
+
+
+def _wait_for_link(config: AgentConfig, events: "queue.SimpleQueue[Arrived | Link]") -> None:
+    try:
         event = events.get(timeout=PATIENCE_S)
     except queue.Empty:
         raise LinkError(
             f"broker {config.broker} did not answer within {PATIENCE_S:.0f} s; "
             "see that it runs and that no firewall is between"
         ) from None
-    finally:
-        mailbox.close()
     if isinstance(event, Link) and not event.is_up:
         raise LinkError(event.reason)
-    return f"broker {config.broker} lets this device in"
+
+
+def _ask_for_hub(config: AgentConfig, events: "queue.SimpleQueue[Arrived | Link]") -> str:
+    """What the hub last said of itself: the broker keeps it for whoever comes later."""
+    give_up_at = time.monotonic() + HUB_PATIENCE_S
+    while (left_s := give_up_at - time.monotonic()) > 0:
+        try:
+            event = events.get(timeout=left_s)
+        except queue.Empty:
+            break
+        state = _hub_state(config.namespace, event)
+        if state is not None:
+            how = "online" if state.online else "offline now; the device will wait for it"
+            return f"hub of namespace {config.namespace!r} is {how}"
+    return (
+        f"no hub was ever heard in namespace {config.namespace!r} on this broker: "
+        "see that hub and device name the same namespace"
+    )
+
+
+def _hub_state(namespace: str, event: Arrived | Link) -> HubState | None:
+    if not isinstance(event, Arrived):
+        return None
+    try:
+        _, envelope = open_letter(namespace, event.topic, event.payload)
+    except ProtocolError:
+        return None  # Retained by who knows whom; the running agent refuses it, too.
+    return envelope.body if isinstance(envelope.body, HubState) else None
 
 
 def _last_will(config: AgentConfig) -> tuple[Route, bytes]:

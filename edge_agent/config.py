@@ -8,7 +8,11 @@ import msgspec
 
 from federation.config import read_config
 from federation.errors import ConfigError, ProtocolError
+from federation.protocol.link import parse_url
 from federation.protocol.topics import check_name
+
+MAX_SECONDS = 7 * 24 * 3600.0
+"""No time in a configuration is longer."""
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,7 +26,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (not self.entry):
-            raise ConfigError("[data] needs either folder or entry, and not both")
+            given = "both folder and entry" if self.entry else "neither folder nor entry"
+            raise ConfigError(f"[data] has {given}; it takes one of the two: correct it")
 
 
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,6 +41,14 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     idle_s: float = 120.0
     stall_s: float = 600.0
     checkpoint_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.threads <= 1024:
+            raise ConfigError(
+                f"training.threads is {self.threads}; it lies between 1 and 1024: correct it"
+            )
+        for name in ("idle_s", "stall_s", "checkpoint_s"):
+            _check_seconds(f"training.{name}", getattr(self, name))
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,10 +76,24 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 check_name(field, name)
             except ProtocolError as error:
                 raise ConfigError(str(error)) from error
+        parse_url(self.broker)
         if self.data is None and not self.infers:
-            raise ConfigError("the agent neither trains nor infers: give [data], or infers = true")
+            raise ConfigError(
+                "the agent neither trains nor infers; it must do one of them: "
+                "give [data], or infers = true"
+            )
         if not 5 <= self.keepalive_s <= 3600:
-            raise ConfigError(f"keepalive_s is {self.keepalive_s}; it lies between 5 and 3600")
+            raise ConfigError(
+                f"keepalive_s is {self.keepalive_s}; it lies between 5 and 3600: correct it"
+            )
+        _check_seconds("heartbeat_s", self.heartbeat_s)
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if not 0.0 < value <= MAX_SECONDS:
+        raise ConfigError(
+            f"{name} is {value}; it is above 0 and at most {MAX_SECONDS:g}: correct it"
+        )
 
 
 def password() -> str:
@@ -81,7 +108,10 @@ def read_agent_config(path: Path) -> AgentConfig:
         ConfigError: absent, unreadable, an unknown key, a wrong type, or data that is not there.
     """
     config = read_config(path, AgentConfig)
-    return _with_paths_from(config, path.parent)
+    try:
+        return _with_paths_from(config, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _with_paths_from(config: AgentConfig, base: Path) -> AgentConfig:
@@ -97,16 +127,25 @@ def _check_data(data: DataConfig) -> None:
     """What can be said of the data without reading it, so that mistakes show at the start."""
     if data.folder is not None:
         if not data.folder.is_dir():
-            raise ConfigError(f"data.folder {data.folder} is no folder; name the one with the data")
+            raise ConfigError(
+                f"data.folder {data.folder} is not a folder; one with .npz or .csv files was "
+                "expected: create it or correct the path"
+            )
         if not any(file.suffix in (".npz", ".csv") for file in data.folder.iterdir()):
-            raise ConfigError(f"data.folder {data.folder} has no .npz or .csv file to train on")
+            raise ConfigError(
+                f"data.folder {data.folder} has no .npz or .csv file; training needs at least "
+                "one: put the data there"
+            )
         return
     module, colon, function = data.entry.partition(":")
     if not (colon and function.isidentifier()):
-        raise ConfigError(f"data.entry is {data.entry!r}; write it as module:function")
+        raise ConfigError(f"data.entry is {data.entry!r}; expected module:function: correct it")
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         found = None
     if found is None:
-        raise ConfigError(f"data.entry names module {module!r}, which is not installed here")
+        raise ConfigError(
+            f"data.entry names module {module!r}, which cannot be found: "
+            "install it, or put its folder on PYTHONPATH"
+        )

@@ -192,7 +192,7 @@ class Journal:
         return [path for path in indices if path.stem == base] + others[-1:]
 
     def _model_path(self, content: Content) -> Path:
-        return self._models / f"{check_content(content).digest}.onnx"
+        return _model_path(self._folder, content)
 
     def _keep_release(self, release: Release, data: bytes) -> None:
         # The bytes first: the record never names a model that is not there.
@@ -230,6 +230,22 @@ class Journal:
         for path in self._checkpoints.iterdir():
             if path != self.checkpoint_path(in_hand):
                 remove(path)
+
+
+def find_release(folder: Path) -> tuple[Release, Path] | None:
+    """The release in use in an agent's folder and its ONNX file; None while there is none.
+
+    It only looks, so an agent may be at work in the folder at the same time.
+
+    Raises:
+        StoreError: the folder cannot be read.
+    """
+    release = _read(folder / "release", Release)
+    return (release, _model_path(folder, release.content)) if release is not None else None
+
+
+def _model_path(folder: Path, content: Content) -> Path:
+    return folder / "models" / f"{check_content(content).digest}.onnx"
 
 
 def _read(path: Path, kind: type[Record]) -> Record | None:
