@@ -1,5 +1,6 @@
 """What an operator writes: `hub.toml` for the hub, `run.toml` for one run of training."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +9,7 @@ import msgspec
 from cloud.rounds import RoundPolicy
 from federation.errors import ConfigError, ProtocolError
 from federation.learning.methods import method_named
+from federation.protocol.link import parse_url
 from federation.protocol.messages import ModelSpec, Params
 from federation.protocol.topics import check_name
 
@@ -26,6 +28,18 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     user: str = ""
     ca_file: str = ""
     keepalive_s: int = 30
+
+    def __post_init__(self) -> None:
+        if self.url:
+            parse_url(self.url)
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(
+                f"broker.port is {self.port}; it lies between 0 and 65535: correct it"
+            )
+        if not 5 <= self.keepalive_s <= 3600:
+            raise ConfigError(
+                f"broker.keepalive_s is {self.keepalive_s}; it lies between 5 and 3600: correct it"
+            )
 
 
 class HubConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,12 +85,33 @@ class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weight_decay: float = 0.0
     encoding: Literal["dense", "int8"] = "dense"
 
+    def __post_init__(self) -> None:
+        ranges = {
+            "epochs": (self.epochs >= 0, "0 or more"),
+            "max_steps": (self.max_steps >= 0, "0 or more"),
+            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
+            "momentum": (0 <= self.momentum < 1, "from 0 to below 1"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+        }
+        for name, (is_fine, expected) in ranges.items():
+            if not is_fine:
+                raise ConfigError(
+                    f"training.{name} is {getattr(self, name)}; expected {expected}: correct it"
+                )
+
 
 class ReleasePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which models are exported for inference: every `every`-th round's (0: none) and the last."""
 
     every: int = 10
     labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(
+                f"release.every is {self.every}; it is 0 (no releases) or more: correct it"
+            )
 
 
 class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -100,7 +135,7 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         _check(self.name, "name")
         method_named(self.method.name).settings(self.method.params)
         if self.rounds < 1:
-            raise ConfigError(f"rounds is {self.rounds}; a run has at least one")
+            raise ConfigError(f"rounds is {self.rounds}; a run has at least one: correct it")
 
 
 def _check(name: str, field: str) -> None:

@@ -63,8 +63,16 @@ class RoundPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(
                 f"policy.over_selection is {self.over_selection}; it lies between 1 and 10"
             )
-        if min(self.gather_s, self.deadline_s, self.lost_grace_s) < 0 or self.deadline_s == 0:
-            raise ConfigError("policy times are seconds: not negative, and deadline_s above 0")
+        times = {name: getattr(self, name) for name in ("gather_s", "deadline_s", "lost_grace_s")}
+        for name, time_s in times.items():
+            # Without an end there would be waits for ever.
+            if not 0 <= time_s < math.inf or (name == "deadline_s" and time_s == 0):
+                raise ConfigError(
+                    f"policy.{name} is {time_s}; it is in seconds, finite and not negative, and "
+                    "a deadline is above 0: correct it"
+                )
+        if self.max_abandoned < 0:
+            raise ConfigError(f"policy.max_abandoned is {self.max_abandoned}; it is 0 or more")
 
     @property
     def wanted(self) -> int:

@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from cloud.appraiser import Appraiser, Closed, Exported
 from cloud.config import HubConfig, RunPlan
 from cloud.coordinator import Coordinator
-from cloud.facts import HubFact, RoundClosed
+from cloud.facts import HubFact, RoundClosed, RunEnded
 from cloud.registry import Registry
 from cloud.store import Store
-from federation.errors import ProtocolError, StoreError
+from federation.errors import ConfigError, ProtocolError, StoreError
 from federation.protocol import codec
 from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
 from federation.protocol.link import Arrived, MailboxConfig
@@ -62,6 +62,7 @@ class HubRunner:
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
+        mailbox.check()
         self._config = config
         self._mailbox_config = mailbox
         self._select = select
@@ -91,7 +92,7 @@ class HubRunner:
                     # record. The broker delivers again what was not acknowledged.
                     _log.error("record failed, next try in %.0f s: %s", pause_s, error)
                     self._mailbox.close()
-                    time.sleep(pause_s)
+                    self._rest(pause_s)
                     pause_s = min(2 * pause_s, RETRY_S[1])
         finally:
             self._mailbox.close(self._sealed(HubState(online=False)))
@@ -102,6 +103,12 @@ class HubRunner:
         """End `run` soon; from any thread, or a signal handler."""
         self._is_stopping = True
         self._inbox.put(_Stop())
+
+    def _rest(self, pause_s: float) -> None:
+        """Wait for this long, or until `stop`."""
+        wake_at = time.monotonic() + pause_s
+        while not self._is_stopping and time.monotonic() < wake_at:
+            time.sleep(0.1)
 
     def _begin(self) -> None:
         self._mailbox = Mailbox(
@@ -188,14 +195,28 @@ class HubRunner:
 
     def _ask_operators(self, now: float) -> list[Effect[HubFact]]:
         effects: list[Effect[HubFact]] = []
-        for name in self._store.stop_requested():
-            effects += self._coordinator.stop_run(name, now)
+        stopped = self._store.stop_requested()
+        for name in stopped:
+            if (active := self._coordinator.run) is not None and active.plan.name == name:
+                effects += self._coordinator.stop_run(name, now)
+            else:
+                effects.append(Record(_never_begun(name, "stopped", "stopped in the queue", now)))
         if self._coordinator.run is None:
-            for plan in self._store.requested()[:1]:
-                _log.info("run begins run=%s rounds=%d", plan.name, plan.rounds)
-                self._plans[plan.name] = plan
-                effects += self._coordinator.open_run(plan, initial_model(plan), now)
+            asked = (plan for plan in self._store.requested() if plan.name not in stopped)
+            if (plan := next(asked, None)) is not None:
+                effects += self._open_run(plan, now)
         return effects
+
+    def _open_run(self, plan: RunPlan, now: float) -> list[Effect[HubFact]]:
+        try:
+            model = initial_model(plan)
+        except ConfigError as error:
+            # It was asked for by somebody who did not check; the other runs shall not suffer.
+            _log.error("run cannot begin run=%s: %s", plan.name, error)
+            return [Record(_never_begun(plan.name, "failed", str(error), now))]
+        _log.info("run begins run=%s rounds=%d", plan.name, plan.rounds)
+        self._plans[plan.name] = plan
+        return self._coordinator.open_run(plan, model, now)
 
     def _perform(self, effects: list[Effect[HubFact]], arrived: list[Arrived]) -> None:
         facts = [effect.fact for effect in effects if isinstance(effect, Record)]
@@ -228,6 +249,12 @@ class HubRunner:
 
     def _sealed(self, letter: AnyLetter, device: str = "") -> tuple[Route, bytes]:
         return route(self._config.namespace, device, letter), seal("hub", self._epoch, letter)
+
+
+def _never_begun(
+    run: str, status: Literal["stopped", "failed"], reason: str, now: float
+) -> RunEnded:
+    return RunEnded(run=run, status=status, reason=reason, at=now)
 
 
 def initial_model(plan: RunPlan) -> bytes:

@@ -1,4 +1,4 @@
-"""Brings up what a hub needs, in order, and takes it down again: the broker, then the runner."""
+"""Brings up what a hub needs and takes it down again: its folder, the broker, the runner."""
 
 import os
 import random
@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from cloud.broker import start_broker
 from cloud.config import HubConfig
+from cloud.holder import Holder, hold, introduce
 from cloud.runner import HubRunner
 from federation.protocol.link import MailboxConfig
 from federation.protocol.topics import hub_filters
@@ -20,10 +21,12 @@ def serving(
     """A runner that is ready to `run`, and the address of its broker.
 
     Raises:
+        ConfigError: another hub works in the folder, or the broker's address is none.
         LinkError: the broker could not be started.
         StoreError: the record cannot be opened.
     """
     with ExitStack() as stack:
+        handle = stack.enter_context(hold(config.folder))
         url = config.broker.url
         if not url:
             folder = config.folder / "broker"
@@ -45,4 +48,6 @@ def serving(
             window=200,
             backoff_s=(0.2, 5.0),
         )
-        yield HubRunner(config, mailbox, select=select_uniformly, clock=clock, rng=rng), url
+        runner = HubRunner(config, mailbox, select=select_uniformly, clock=clock, rng=rng)
+        introduce(handle, Holder(pid=os.getpid(), broker=url, since=clock()))
+        yield runner, url
