@@ -15,6 +15,13 @@ MAX_SECONDS = 7 * 24 * 3600.0
 """No time in a configuration is longer."""
 
 
+def _check_seconds(name: str, value: float) -> None:
+    if not 0.0 < value <= MAX_SECONDS:
+        raise ConfigError(
+            f"{name} is {value}; it is above 0 and at most {MAX_SECONDS:g}: correct it"
+        )
+
+
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the device's data is: a folder of `.npz` or `.csv` files, or a Python entry point.
 
@@ -87,13 +94,6 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"keepalive_s is {self.keepalive_s}; it lies between 5 and 3600: correct it"
             )
         _check_seconds("heartbeat_s", self.heartbeat_s)
-
-
-def _check_seconds(name: str, value: float) -> None:
-    if not 0.0 < value <= MAX_SECONDS:
-        raise ConfigError(
-            f"{name} is {value}; it is above 0 and at most {MAX_SECONDS:g}: correct it"
-        )
 
 
 def password() -> str:
