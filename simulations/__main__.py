@@ -18,6 +18,7 @@ from rich.table import Table
 from federation.errors import HeadwaterError
 from simulations import data_command
 from simulations.datasets import cache_folder
+from simulations.demo_command import run_demo
 from simulations.report import Result, RoundResult, as_builtins
 from simulations.scenario import Scenario, find_scenario, read_scenario, shipped_scenarios
 
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_command.app, name="data")
+app.command(name="demo")(run_demo)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 

@@ -1,6 +1,6 @@
 """Topics as trees of levels: who reads a topic, and which retained letters a filter matches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 from federation.protocol.topics import Route
@@ -24,9 +24,25 @@ class Filters(Generic[Reader]):
             node = node.below.setdefault(level, Filters())
         node.readers[reader] = None
 
-    def matching(self, topic: str) -> Iterator[Reader]:
+    def matching(self, topic: str) -> list[Reader]:
         """The readers of a topic; one with several matching filters comes several times."""
-        return _readers(self, topic.split("/"), 0)
+        nodes, found = [self], list[Reader]()
+        for level in topic.split("/"):
+            found += [reader for node in nodes for reader in node.all_below()]
+            nodes = [
+                child
+                for node in nodes
+                for child in (node.below.get(level), node.below.get("+"))
+                if child is not None
+            ]
+        for node in nodes:
+            found += [*node.readers, *node.all_below()]
+        return found
+
+    def all_below(self) -> Iterable[Reader]:
+        """Who reads this level and everything below it."""
+        rest = self.below.get("#")
+        return rest.readers if rest is not None else ()
 
 
 class Retained:
@@ -48,17 +64,6 @@ class Retained:
     def matching(self, name: str) -> Iterator[tuple[Route, bytes]]:
         """The retained letters whose topics match a filter."""
         return _letters(self, name.split("/"), 0)
-
-
-def _readers(node: Filters[Reader], levels: list[str], depth: int) -> Iterator[Reader]:
-    if (rest := node.below.get("#")) is not None:
-        yield from rest.readers
-    if depth == len(levels):
-        yield from node.readers
-        return
-    for level in (levels[depth], "+"):
-        if (below := node.below.get(level)) is not None:
-            yield from _readers(below, levels, depth + 1)
 
 
 def _letters(node: Retained, levels: list[str], depth: int) -> Iterator[tuple[Route, bytes]]:
