@@ -1,20 +1,16 @@
 """Inference on the device: an ONNX model, exchanged without a gap. No torch."""
 
 import json
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from edge_agent.durable import read_sealed
 from federation.errors import DataError, StoreError
-from federation.protocol.messages import Release
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,43 +63,6 @@ class Predictor:
             StoreError: as at first; the old model stays.
         """
         self._loaded = _load(Path(path))
-
-
-def predict_file(folder: Path, samples: Path) -> Iterator[str]:
-    """A line for each sample of an `.npz`: its number, its label, and the model's confidence.
-
-    Args:
-        folder: an agent's journal; the agent may be running.
-        samples: a file with the array `x`, samples first.
-
-    Raises:
-        StoreError: the agent has no release yet, or its model cannot be read.
-        DataError: a file without `x`, or samples that do not fit the model.
-    """
-    sealed = read_sealed(folder / "release")
-    if sealed is None:
-        raise StoreError(
-            f"there is no released model in {folder}: run the agent with infers = true until the "
-            "hub has released one"
-        )
-    release = msgspec.msgpack.decode(sealed, type=Release)
-    predictor = Predictor(folder / "models" / f"{release.content.digest}.onnx")
-    logits = predictor.predict(_read_samples(samples)).astype(np.float64)
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
-    labels = predictor.labels or [str(c) for c in range(logits.shape[1])]
-    for number, share in enumerate(shares):
-        yield f"{number} {labels[share.argmax()]} {share.max():.3f}"
-
-
-def _read_samples(file: Path) -> NDArray[Any]:
-    try:
-        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
-            return np.asarray(arrays["x"], np.float32)
-    except KeyError:
-        raise DataError(f"{file} has no array x: save the samples under that name") from None
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{file} is not a readable .npz ({error}): write it again") from error
 
 
 def _infer(loaded: _Loaded, x: NDArray[Any]) -> NDArray[np.float32]:

@@ -91,6 +91,15 @@ def test_a_torn_file_is_refused(tmp_path, content):
         load_folder(tmp_path)
 
 
+def test_a_bare_array_is_refused(tmp_path):
+    """An array saved alone under the name of an .npz is told apart."""
+    with (tmp_path / "bare.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+
+    with pytest.raises(DataError, match="one bare array"):
+        load_folder(tmp_path)
+
+
 def test_every_truncation_of_an_npz_is_refused(tmp_path):
     """Wherever a file is cut, reading it raises DataError."""
     np.savez_compressed(tmp_path / "whole.npz", x=np.zeros((20, 3)), y=np.arange(20))

@@ -7,14 +7,11 @@ import onnx
 import pytest
 import torch
 
-from edge_agent.facts import ReleaseKept
-from edge_agent.inference import Predictor, predict_file
-from edge_agent.journal import Journal
+from edge_agent.inference import Predictor
 from federation.errors import DataError, StoreError
 from federation.learning.export import export_onnx
 from federation.learning.models import build_model, initial_weights, load_weights
-from federation.protocol.messages import ModelSpec, Release
-from federation.protocol.transfer import content_of
+from federation.protocol.messages import ModelSpec
 
 SPEC = ModelSpec(name="conv1d", sizes={"length": 20, "channels": 2, "filters": 4, "classes": 3})
 X = np.random.default_rng(0).standard_normal((6, 20, 2)).astype(np.float32)
@@ -144,40 +141,3 @@ def test_inference_loads_no_torch(tmp_path):
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert found.stdout.strip() == "False"
-
-
-@pytest.fixture
-def agent_folder(tmp_path):
-    journal = Journal(tmp_path / "agent")
-    content = write_model(tmp_path / "m.onnx", 1).read_bytes()
-    release = Release(run="r", round=3, content=content_of(content, 4096), labels=("a", "b", "c"))
-    journal.record(ReleaseKept(release, content))
-    yield tmp_path / "agent"
-    journal.close()
-
-
-def test_a_file_of_samples_is_labelled_beside_a_running_agent(agent_folder, tmp_path):
-    """Each sample gets a line with its label and confidence, though the journal is in use."""
-    np.savez(tmp_path / "new.npz", x=X)
-
-    lines = list(predict_file(agent_folder, tmp_path / "new.npz"))
-
-    shares = torch.tensor(expected(1)).softmax(1).max(1)
-    assert lines == [
-        f"{n} {'abc'[c]} {p:.3f}"
-        for n, (p, c) in enumerate(zip(shares.values, shares.indices, strict=True))
-    ]
-
-
-def test_files_that_cannot_be_labelled_are_refused(agent_folder, tmp_path):
-    """No release yet, no array x, an object array, or a torn file: each is said in words."""
-    np.savez(tmp_path / "y.npz", y=X)
-    np.savez(tmp_path / "objects.npz", x=np.array([{}]))
-    np.save(tmp_path / "plain.npy", X)
-    (tmp_path / "torn.npz").write_bytes(b"PK")
-
-    with pytest.raises(StoreError, match="no released model"):
-        list(predict_file(tmp_path, tmp_path / "y.npz"))
-    for name in ("y.npz", "objects.npz", "plain.npy", "torn.npz", "none.npz"):
-        with pytest.raises(DataError, match=name):
-            list(predict_file(agent_folder, tmp_path / name))

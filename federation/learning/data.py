@@ -146,7 +146,10 @@ def _find_function(entry: str) -> Callable[[], Any]:
 
 def _read_npz(file: Path) -> LocalData:
     try:
-        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
+        with file.open("rb") as content:
+            arrays = np.load(content, allow_pickle=False)
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise DataError(f"{file} holds one bare array: save it with x and y")
             if missing := {"x", "y"} - set(arrays.files):
                 raise DataError(
                     f"{file} lacks array {min(missing)!r}; it has "
