@@ -5,6 +5,7 @@ to do, and why.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from cloud.facts import (
@@ -54,7 +55,8 @@ class Conductor:
                 continue
             outcome = run.round.outcome(now)
             if outcome == "wait":
-                told = self._note_wait("updates", run.round.wait, now)
+                describe = partial(run.round.wait, progress=self._fleet.progress)
+                told = self._note_wait("updates", describe, now)
                 return min(run.round.next_look(now), self._resend_at, told)
             if outcome == "close":
                 self._close_round(run, now)

@@ -52,13 +52,17 @@ class Fleet:
         entry.epoch, entry.state = epoch, presence.state
         return True
 
+    def progress(self, device: str) -> float:
+        """How far the device said that its task is, 0 to 1."""
+        entry = self.devices.get(device)
+        return entry.progress if entry is not None else 0.0
+
     def why_not(self, device: str) -> str:
         """Why this device cannot be asked now; empty where it can."""
         entry = self.devices[device]
         reasons = {
             "lost": "its link was lost",
             "disconnected": "it said goodbye",
-            "draining": "it is being taken out of service",
             AWAY: "not heard of since the hub started",
         }
         if entry.state != "ready":

@@ -6,7 +6,7 @@ says them. Absent is never zero: a device that did not answer has no vote (seman
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -180,10 +180,16 @@ class Round:
         graces = [end for a in self._lost if (end := self._grace_ends(a)) > now]
         return min([self.deadline, *graces])
 
-    def wait(self, now: float) -> Wait:
-        """What this round waits for, and until when at the latest."""
+    def wait(self, now: float, progress: Callable[[str], float]) -> Wait:
+        """What this round waits for, and until when at the latest.
+
+        `progress` gives how far a device said that its training is, 0 to 1.
+        """
         missing = self.missing(now)
-        who = ", ".join(f"{entry.device} ({entry.status})" for entry in missing[:8])
+        who = ", ".join(
+            f"{entry.device} ({entry.status}{_percent(progress(entry.device))})"
+            for entry in missing[:8]
+        )
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         target = min(self.policy.devices_per_round, len(self.attempts))
         reason = f"{len(self._received)} of {target} updates are in; waiting for {who}{more}"
@@ -198,6 +204,10 @@ class Round:
 
     def _grace_ends(self, attempt: str) -> float:
         return self.attempts[attempt].lost_at + self.policy.lost_grace_s
+
+
+def _percent(share: float) -> str:
+    return f" {share:.0%}" if share > 0 else ""
 
 
 def _by_device(entry: Attempt) -> str:

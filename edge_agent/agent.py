@@ -70,6 +70,7 @@ class Agent:
         self._settings = settings
         self._rng = rng
         self._link = Link(is_up=False, epoch=0)
+        self._max_payload = 0
         self._hub_epoch = -1
         self._hub_is_online = False
         self._is_introduced = False
@@ -100,8 +101,9 @@ class Agent:
         self._link = link
         self._is_introduced = False
         if link.is_up:
+            self._max_payload = link.max_payload
             self._say(m.Presence(state="ready"))
-            self._fetching.on_link_up()
+            self._fetching.on_link_up(link.max_payload)
         return self._finish(now)
 
     def on_message(self, envelope: m.Envelope, now: float) -> Effects:
@@ -142,7 +144,7 @@ class Agent:
             self._event(trained.attempt, "failed", trained.failure)
             self._forget_assignment(assignment)
             return self._finish(now)
-        kept = self._outgoing.keep(trained, self._settings.keepalive_s, self._link.max_payload)
+        kept = self._outgoing.keep(trained, self._settings.keepalive_s, self._max_payload)
         self._note(kept)
         self._forget_assignment(assignment)
         if self._can_talk:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from edge_agent.facts import AgentFact, ChunkKept, ContentForgotten
 from federation.errors import TransferError
 from federation.protocol.messages import BlobChunk, BlobRequest, Content
-from federation.protocol.transfer import Download, Incoming
+from federation.protocol.transfer import DEFAULT_CHUNK_BYTES, Download, Incoming, chunk_size
 
 
 class Fetching:
@@ -14,6 +14,7 @@ class Fetching:
     def __init__(self, parts: Mapping[str, Mapping[int, bytes]], timeout_s: float) -> None:
         self._parts = dict(parts)
         self._timeout_s = timeout_s
+        self._largest_chunk = DEFAULT_CHUNK_BYTES
         self._downloads: dict[str, Download] = {}
 
     @property
@@ -28,7 +29,13 @@ class Fetching:
         Raises:
             TransferError: the content is not one that can be transferred.
         """
-        incoming = Incoming(content, self._parts.pop(content.digest, {}))
+        parts = self._parts.pop(content.digest, {})
+        incoming = Incoming(content, parts)
+        if parts and not any(incoming.received):
+            # A broker that takes only smaller letters had it cut finer than the hub named it.
+            incoming = Incoming(_cut_at_most(content, max(map(len, parts.values()))), parts)
+        elif not parts:
+            incoming = Incoming(_cut_at_most(content, self._largest_chunk))
         self._downloads[content.digest] = Download(incoming, timeout_s=self._timeout_s)
         return self._take_whole(content.digest)[0] if incoming.is_complete else None
 
@@ -37,10 +44,19 @@ class Fetching:
         self._downloads.pop(digest, None)
         self._parts.pop(digest, None)
 
-    def on_link_up(self) -> None:
-        """A new connection: what was asked for on the last one is void."""
-        for download in self._downloads.values():
-            download.on_link_up()
+    def on_link_up(self, max_payload: int) -> None:
+        """A new connection: what was asked for on the last one is void.
+
+        Where this broker takes smaller letters than the last one, chunks are cut anew.
+        """
+        self._largest_chunk = chunk_size(link_bps=0, keepalive_s=0, max_payload=max_payload)
+        for digest, download in self._downloads.items():
+            content = download.incoming.content
+            if content.chunk_bytes > self._largest_chunk:
+                fresh = Incoming(_cut_at_most(content, self._largest_chunk))
+                self._downloads[digest] = Download(fresh, timeout_s=self._timeout_s)
+            else:
+                download.on_link_up()
 
     def requests(self, now: float) -> Iterator[BlobRequest]:
         """Questions for chunks that are missing and not on their way."""
@@ -77,3 +93,8 @@ class Fetching:
             return None, [ContentForgotten(digest)]
         del self._downloads[digest]
         return data, []
+
+
+def _cut_at_most(content: Content, chunk_bytes: int) -> Content:
+    smaller = min(content.chunk_bytes, chunk_bytes)
+    return Content(digest=content.digest, size=content.size, chunk_bytes=smaller)

@@ -104,8 +104,8 @@ def test_waiting_always_has_somebody_to_wait_for_and_an_end(history):
             assert missing
             assert all(entry.status in OPEN or entry.status == "lost" for entry in missing)
             assert now < opened.next_look(now) <= DEADLINE_S
-            assert missing[0].device in opened.wait(now).reason
-            assert opened.wait(now).until <= DEADLINE_S
+            assert missing[0].device in opened.wait(now, lambda _: 0.0).reason
+            assert opened.wait(now, lambda _: 0.0).until <= DEADLINE_S
 
 
 @given(histories(), st.integers(0, 30), st.floats(0.0, 50.0))

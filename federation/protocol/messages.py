@@ -26,7 +26,7 @@ Params: TypeAlias = dict[str, float]
 Verdict: TypeAlias = Literal["open", "stored", "duplicate", "rejected", "too-late"]
 """What an update is told; every verdict but `open` is final."""
 
-State: TypeAlias = Literal["ready", "draining", "disconnected", "lost"]
+State: TypeAlias = Literal["ready", "disconnected", "lost"]
 
 TaskState: TypeAlias = Literal["accepted", "declined", "training", "failed", "cancelled"]
 
