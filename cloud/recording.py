@@ -161,17 +161,22 @@ def _waiting(connection: Connection, fact: f.Waiting) -> bool:
 def _released(connection: Connection, fact: f.Released) -> bool:
     release = fact.release
     _add_model(connection, release.content, "onnx")
-    return insert_once(
-        connection,
-        t.Release,
-        run=release.run,
-        round=release.round,
-        digest=release.content.digest,
-        size=release.content.size,
-        chunk_bytes=release.content.chunk_bytes,
-        labels=release.labels,
-        at=fact.at,
+    now_is = {
+        "digest": release.content.digest,
+        "size": release.content.size,
+        "chunk_bytes": release.content.chunk_bytes,
+        "labels": release.labels,
+        "at": fact.at,
+    }
+    row = insert_into(connection, t.Release).values(run=release.run, round=release.round, **now_is)
+    # A hub that was killed may export the same round again, to other bytes of the same worth.
+    row = row.on_conflict_do_update(
+        index_elements=["run", "round"],
+        set_=now_is,
+        where=t.Release.digest != release.content.digest,
     )
+    released = connection.execute(row, execution_options={"preserve_rowcount": True})
+    return released.rowcount > 0
 
 
 def _add_model(connection: Connection, content: Content, kind: str) -> None:
