@@ -1,0 +1,1 @@
+"""Flower's deployment on loopback, the peer of several benchmarks."""

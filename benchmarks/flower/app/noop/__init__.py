@@ -1,0 +1,1 @@
+"""A Flower app whose clients do nothing: what is left of a round is overhead."""
