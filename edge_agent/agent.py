@@ -78,8 +78,6 @@ class Agent:
         self._wanted: m.Release | None = None
         self._fetching = Fetching(held.parts, settings.timeout_s)
         self._outgoing = Outgoing(held.updates, settings.timeout_s)
-        if self.assignment is not None and self.assignment.attempt in held.updates:
-            self.assignment = None
         self._birth_at = self._heartbeat_at = float("inf")
         self._started_at = 0.0
         self._out: Effects = []
@@ -90,6 +88,9 @@ class Agent:
         """Go on where the journal ends: fetch on, train on, or upload on."""
         self._started_at = now
         self._heartbeat_at = now + self._settings.heartbeat_s
+        if self.assignment is not None and self._outgoing.holds(self.assignment.attempt):
+            # The power failed after the update was kept and before the task was forgotten.
+            self._forget_assignment(self.assignment)
         if self.assignment is not None:
             # How long the device was away is not known; the hub will call it off if too long.
             self._deadline = now + self.assignment.deadline_s
@@ -288,9 +289,10 @@ class Agent:
     def _forget_assignment(self, assignment: m.Assignment) -> None:
         self.assignment, self.progress = None, 0.0
         self._deadline = float("inf")
-        self._note(AssignmentForgotten(assignment.attempt))
+        # The content goes first: if the power fails between the two, none of it is left behind.
         if assignment.inline is None:
             self._drop_content(assignment.base.digest)
+        self._note(AssignmentForgotten(assignment.attempt))
 
     def _drop_content(self, digest: str) -> None:
         self._fetching.forget(digest)
