@@ -169,8 +169,9 @@ def _show(value: Any, text: RenderableType, *, as_json: bool) -> None:
         encoded = msgspec.json.encode(value, enc_hook=str)
         _say(msgspec.json.format(encoded, indent=2).decode())
         return
-    # A pipe has no width: whoever reads it wants each line whole.
-    console = Console() if sys.stdout.isatty() else Console(width=1000)
+    # A pipe has no width: whoever reads it wants each line whole. No markup: devices gave words.
+    width = None if sys.stdout.isatty() else 1000
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
     with console.capture() as capture:
         console.print(text)
     _say("\n".join(line.rstrip() for line in capture.get().splitlines()))

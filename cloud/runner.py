@@ -216,7 +216,8 @@ class HubRunner:
             return [Record(_never_begun(plan.name, "failed", str(error), now))]
         _log.info("run begins run=%s rounds=%d", plan.name, plan.rounds)
         self._plans[plan.name] = plan
-        return self._coordinator.open_run(plan, model, now)
+        # The first model of a process takes seconds, since torch is loaded: they are not the run's.
+        return self._coordinator.open_run(plan, model, self._clock())
 
     def _perform(self, effects: list[Effect[HubFact]], arrived: list[Arrived]) -> None:
         facts = [effect.fact for effect in effects if isinstance(effect, Record)]
