@@ -1,0 +1,587 @@
+"""The coordinator: what devices send can be wrong, late or twice; the run goes on by its rule."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from cloud.config import MethodChoice, ModelChoice, RunPlan
+from cloud.coordinator import Coordinator
+from cloud.facts import (
+    AttemptChanged,
+    HubMemory,
+    LetterRefused,
+    RoundAbandoned,
+    RoundClosed,
+    RoundOpened,
+    RunEnded,
+    UpdateAccepted,
+    UpdateRefused,
+    Waiting,
+)
+from cloud.rounds import RoundPolicy
+from federation.errors import ProtocolError
+from federation.learning.aggregation import staleness_weight
+from federation.protocol import codec
+from federation.protocol import messages as m
+from federation.protocol.effects import Link, Record, Send, WakeAt
+from federation.protocol.transfer import content_of, cut, indices_in
+from optimizer.baselines import select_uniformly
+from tests.simulated import on_disk
+
+SHAPES = {"classifier.weight": (10, 64), "classifier.bias": (10,)}
+
+
+def weights(value):
+    return {name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()}
+
+
+def encoded(value):
+    return codec.encode(weights(value))
+
+
+def run_plan(devices=2, *, rounds=1, method="fedavg", sizes=None, **policy):
+    rules = {"devices_per_round": devices, "quorum": devices} | policy
+    model = ModelChoice(name="linear", sizes=sizes or {})
+    return RunPlan(
+        name="run",
+        rounds=rounds,
+        model=model,
+        policy=RoundPolicy(**rules),
+        method=MethodChoice(name=method),
+    )
+
+
+class Room:
+    """A coordinator by hand: letters in, facts and letters out; `record` may outlive it."""
+
+    def __init__(self, plan, model=None, *, record=None):
+        self.facts, self.said = [], []
+        self.now, self.wake_at = 0.0, 0.0
+        self.record = record
+        self.epochs = {}
+        self.restart()
+        self.do(self.hub.open_run(plan, model or encoded(0.0), self.now))
+
+    def restart(self):
+        memory = self.record.restore() if self.record else HubMemory()
+        self.hub = Coordinator(memory, select=select_uniformly, read_content=lambda _: None)
+        self.said.clear()
+        self.do(self.hub.start(self.now))
+        self.do(self.hub.on_link(Link(is_up=True, epoch=1), self.now))
+
+    def do(self, effects):
+        facts = [effect.fact for effect in effects if isinstance(effect, Record)]
+        if self.record and facts:
+            self.record.record(facts)
+        self.facts += facts
+        for effect in effects:
+            match effect:
+                case Send(letter, device):
+                    self.said.append((device, letter))
+                case WakeAt(at):
+                    self.wake_at = at
+
+    def hear(self, device, letter, epoch=None):
+        epoch = epoch or self.epochs.get(device, 1)
+        self.do(self.hub.on_message(m.Envelope(sender=device, epoch=epoch, body=letter), self.now))
+
+    def born(self, *devices, **birth):
+        for device in devices:
+            self.hear(device, m.Birth(capability=m.Capability(agent="test"), **birth))
+
+    def lost(self, device):
+        self.hear(device, m.Presence(state="lost"))
+        self.epochs[device] = self.epochs.get(device, 1) + 1
+
+    def send(self, device, data, *, number=1, samples=1, sender=None, **changes):
+        """A whole small update in one letter."""
+        content = content_of(data, max(len(data), 1))
+        fields = {
+            "attempt": f"run_{number}_{device}",
+            "content": content,
+            "report": m.Report(samples=samples),
+            "inline": data,
+        }
+        self.hear(sender or device, m.UpdateOpen(**(fields | changes)))
+        return content
+
+    def wait(self, until):
+        while self.wake_at <= until and self.hub.run is not None:
+            self.now = max(self.now, self.wake_at)
+            self.do(self.hub.on_wake(self.now))
+        self.now = until
+
+    def of(self, kind):
+        return [fact for fact in self.facts if isinstance(fact, kind)]
+
+    def told(self, device, kind):
+        return [letter for to, letter in self.said if to == device and isinstance(letter, kind)]
+
+    def verdicts(self, device):
+        return [ack.verdict for ack in self.told(device, m.UpdateAck)]
+
+    def model(self):
+        return codec.decode(self.of(RoundClosed)[-1].model)
+
+
+def value(model):
+    assert np.unique(model["classifier.weight"]).size == 1
+    return float(model["classifier.weight"][0, 0])
+
+
+# The rule ---------------------------------------------------------------------------------
+
+
+def test_a_round_closes_with_the_mean_by_samples_in_whatever_order_updates_come():
+    """The new model is the mean weighted by samples; the order of arrival has no say."""
+    models = []
+    for order in (("a", "b"), ("b", "a")):
+        room = Room(run_plan(2))
+        room.born("a", "b")
+        for device in order:
+            room.send(
+                device, encoded({"a": 1.0, "b": 4.0}[device]), samples={"a": 2, "b": 1}[device]
+            )
+        models.append(room.of(RoundClosed)[0].model)
+        assert room.of(RunEnded)[0].status == "finished"
+
+    assert value(codec.decode(models[0])) == 2.0
+    assert models[0] == models[1]
+
+
+def test_over_selection_closes_with_the_first_k_and_calls_the_others_off():
+    """Three are asked, two are enough: the third is cancelled and told so."""
+    room = Room(run_plan(2, over_selection=1.5))
+    room.born("a", "b", "c")
+    assert len(room.of(RoundOpened)[0].attempts) == 3
+
+    room.send("c", encoded(1.0))
+    room.send("a", encoded(3.0))
+
+    assert room.of(RoundClosed)[0].devices == ("a", "c")
+    assert value(room.model()) == 2.0
+    (cancel,) = room.told("b", m.Cancel)
+    assert cancel.attempt == "run_1_b"
+    assert room.of(AttemptChanged)[-1].status == "cancelled"
+
+
+def late_room(late, method):
+    """Three asked for two; the third's update comes when round 2 is open."""
+    plan = run_plan(2, rounds=2, method=method, over_selection=1.5, late=late)
+    room = Room(plan)
+    room.born("a", "b", "c")
+    room.hear("c", m.TaskEvent(attempt="run_1_c", event="training"))
+    room.send("a", encoded(1.0))
+    room.send("b", encoded(1.0))
+    assert room.hub.run.number == 2
+    room.send("c", encoded(4.0), number=1)
+    return room
+
+
+@pytest.mark.parametrize(("late", "method"), [("drop", "fedprox"), ("keep", "fedavg")])
+def test_a_late_update_is_dropped_where_policy_or_method_says_so(late, method):
+    """Without both the policy and the method, an update of a past round is too late."""
+    room = late_room(late, method)
+
+    assert room.verdicts("c") == ["too-late"]
+    (refused,) = room.of(UpdateRefused)
+    assert (refused.attempt, refused.verdict) == ("run_1_c", "too-late")
+    assert "round 1 is over" in refused.reason
+
+
+def test_a_late_update_that_is_kept_weighs_less_by_its_age():
+    """With a stale-tolerant method it counts in the open round, by (1 + age)^-1/2."""
+    room = late_room("keep", "fedprox")
+    assert room.verdicts("c") == ["stored"]
+    assert room.told("c", m.Cancel) == []
+    (late,) = [fact for fact in room.of(UpdateAccepted) if fact.device == "c"]
+    assert (late.round, late.counts_in) == (1, 2)
+
+    room.send("a", encoded(1.0), number=2)
+    room.send("b", encoded(1.0), number=2)
+
+    worth = staleness_weight(1)
+    assert value(room.model()) == pytest.approx((1.0 + 1.0 + worth * 4.0) / (2.0 + worth))
+    assert room.of(RoundClosed)[-1].devices == ("a", "b", "c")
+
+
+def test_an_update_whose_round_closes_between_its_chunks_is_too_late():
+    """The verdict falls at the chunk that comes after the round has closed, and nothing counts."""
+    room = Room(run_plan(1, rounds=2, over_selection=2.0))
+    room.born("a", "b")
+    data = encoded(4.0)
+    content = content_of(data, 1024)
+    opening = m.UpdateOpen(attempt="run_1_b", content=content, report=m.Report(samples=1))
+    room.hear("b", opening)
+    *most, last = chunks("run_1_b", data, content)
+    for chunk in most:
+        room.hear("b", chunk)
+    room.send("a", encoded(1.0))
+
+    room.hear("b", last)
+
+    assert room.verdicts("b")[-1] == "too-late"
+    assert [fact.attempt for fact in room.of(UpdateAccepted)] == ["run_1_a"]
+
+
+def test_an_update_that_comes_again_counts_once():
+    """A duplicate is told so, and has no second effect."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+    room.send("a", encoded(1.0))
+    room.send("a", encoded(1.0))
+    room.send("b", encoded(3.0))
+    room.send("b", encoded(3.0))
+
+    assert room.verdicts("a") == ["stored", "duplicate"]
+    assert len(room.of(UpdateAccepted)) == 2
+    assert value(room.model()) == 2.0
+
+
+# What can be wrong ------------------------------------------------------------------------
+
+
+def nan_update():
+    broken = weights(1.0)
+    broken["classifier.bias"][3] = np.nan
+    # The codec refuses to write such weights, a broken device does not.
+    sound = codec.encode(weights(1.0))
+    return sound.replace(
+        weights(1.0)["classifier.bias"].tobytes(), broken["classifier.bias"].tobytes(), 1
+    )
+
+
+BAD_UPDATES = {
+    "NaN": (nan_update(), "finite"),
+    "another shape": (codec.encode(weights(1.0) | {"classifier.bias": np.ones(9, np.float32)}), ""),
+    "another tensor": (codec.encode(weights(1.0) | {"other.bias": np.ones(9, np.float32)}), ""),
+    "no tensors": (codec.encode({}), ""),
+    "garbage": (b"\x00" * 500, ""),
+    "truncated": (encoded(1.0)[:-40], ""),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_UPDATES)
+def test_a_wrong_update_is_refused_with_a_reason_and_the_run_goes_on(kind):
+    """NaN, wrong shapes and garbage are refused, recorded and told; the others make the model."""
+    data, said = BAD_UPDATES[kind]
+    room = Room(run_plan(2, quorum=1))
+    room.born("a", "b")
+
+    room.send("a", data)
+    room.send("b", encoded(3.0))
+
+    assert room.verdicts("a") == ["rejected"]
+    (refused,) = room.of(UpdateRefused)
+    assert refused.verdict == "rejected"
+    assert said in refused.reason
+    assert len(refused.reason) > 10
+    assert room.told("a", m.UpdateAck)[0].reason == refused.reason
+    assert room.of(RoundClosed)[0].devices == ("b",)
+    assert value(room.model()) == 3.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"content": m.Content(digest="0" * 64, size=10**9, chunk_bytes=65536), "inline": None},
+        {"content": m.Content(digest="0" * 64, size=0, chunk_bytes=65536), "inline": None},
+        {"content": m.Content(digest="0" * 64, size=100, chunk_bytes=0), "inline": None},
+        {"content": m.Content(digest="0" * 64, size=70_000, chunk_bytes=1), "inline": None},
+        {"content": m.Content(digest="../../etc", size=100, chunk_bytes=100), "inline": None},
+        {"report": m.Report(samples=0)},
+        {"report": m.Report(samples=2**41)},
+        {"report": m.Report(samples=1, loss_sum=float("nan"))},
+        {"inline": b"another length"},
+    ],
+    ids=["huge", "empty", "chunks-of-0", "too-many-chunks", "bad-digest", "no-samples",
+         "too-many-samples", "nan-loss", "wrong-length"],
+)  # fmt: skip
+def test_an_announcement_out_of_bounds_is_refused_before_a_byte_is_taken(changes):
+    """What an opening letter claims is bounded; nothing of it reaches memory or record."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+
+    room.send("a", encoded(1.0), **changes)
+
+    assert room.verdicts("a") == ["rejected"]
+    assert room.of(UpdateRefused)[0].reason
+    assert room.hub.run.bytes_up == 0
+
+
+def test_an_attempt_of_another_device_is_refused_and_recorded():
+    """A device can neither send nor spoil what belongs to another."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+
+    room.send("a", encoded(9.0), sender="b")
+    room.hear("b", m.TaskEvent(attempt="run_1_a", event="failed"))
+    room.hear("b", m.UpdateChunk(attempt="x" * 300, digest="0" * 64, index=0, crc32=0, data=b""))
+
+    assert [fact.sender for fact in room.of(LetterRefused)] == ["b"] * 3
+    assert room.of(UpdateAccepted) == []
+    assert room.hub.run.round.attempts["run_1_a"].status == "assigned"
+
+
+def chunks(attempt, data, content):
+    for index in range(content.chunks):
+        crc32, part = cut(data, content, index)
+        yield m.UpdateChunk(
+            attempt=attempt, digest=content.digest, index=index, crc32=crc32, data=part
+        )
+
+
+def test_chunk_garbage_is_refused_and_the_sound_chunks_count():
+    """Wrong checksums, lengths and indices are recorded; the transfer goes on from its bitmap."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+    data = encoded(1.0)
+    content = content_of(data, 1024)
+    opening = m.UpdateOpen(attempt="run_1_a", content=content, report=m.Report(samples=1))
+    room.hear("a", opening)
+    first, *rest = chunks("run_1_a", data, content)
+
+    for changes in ({"crc32": 1}, {"data": b"short"}, {"index": 99}, {"index": -1}):
+        room.hear("a", msgspec.structs.replace(first, **changes))
+    assert indices_in(room.told("a", m.UpdateAck)[-1].received, content.chunks) == frozenset()
+    for chunk in (*rest, first, first):
+        room.hear("a", chunk)
+
+    assert len(room.of(LetterRefused)) == 4
+    assert room.verdicts("a")[-2:] == ["stored", "duplicate"]
+
+
+def test_a_whole_with_another_digest_is_asked_for_again_and_at_last_rejected():
+    """Sound chunks of a wrong whole: the transfer restarts a few times and then is refused."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+    data = encoded(1.0)
+    content = msgspec.structs.replace(content_of(data, 1024), digest="0" * 64)
+    opening = m.UpdateOpen(attempt="run_1_a", content=content, report=m.Report(samples=1))
+    room.hear("a", opening)
+
+    tries = 0
+    while "rejected" not in room.verdicts("a"):
+        tries += 1
+        assert tries < 10
+        for chunk in chunks("run_1_a", data, content):
+            room.hear("a", chunk)
+
+    assert tries > 1
+    assert "SHA-256" in room.of(UpdateRefused)[0].reason
+
+
+def test_letters_that_are_not_for_the_hub_or_not_readable_are_recorded():
+    """A letter of the wrong kind, or one that could not be read, is noted and does no harm."""
+    room = Room(run_plan(1))
+    room.born("a")
+
+    room.hear("a", m.Welcome())
+    room.do(room.hub.on_unreadable("fl/1/x", ProtocolError("letter has version 9"), room.now))
+
+    assert [fact.reason for fact in room.of(LetterRefused)] == [
+        "Welcome is not a letter for the hub",
+        "letter has version 9",
+    ]
+    room.send("a", encoded(2.0))
+    assert room.of(RunEnded)[0].status == "finished"
+
+
+def test_a_stranger_is_asked_for_its_birth():
+    """A device that the hub does not know is told to introduce itself; nothing is taken."""
+    room = Room(run_plan(1))
+
+    room.send("a", encoded(1.0))
+
+    assert len(room.told("a", m.Rebirth)) == 1
+    assert room.of(UpdateAccepted) == []
+
+
+# Waiting ----------------------------------------------------------------------------------
+
+
+def test_every_wait_has_a_name_a_reason_and_an_end():
+    """Whatever is waited for is recorded in words, with the latest time it may take."""
+    room = Room(run_plan(2, gather_s=20.0, deadline_s=50.0))
+    room.born("a")
+    first = room.of(Waiting)[0]
+    room.now = 2.0
+    room.born("b")
+
+    second = room.of(Waiting)[-1]
+
+    assert (first.name, first.until) == ("devices", 20.0)
+    assert "of 2 devices are there, quorum is 2" in first.reason
+    assert (second.name, second.round, second.until) == ("updates", 1, 52.0)
+    assert second.reason == "0 of 2 updates are in; waiting for a (assigned), b (assigned)"
+
+
+def test_a_run_makes_do_with_its_quorum_when_gathering_has_taken_long_enough():
+    """Two of four are there: the round waits `gather_s` for more, and then asks the two."""
+    room = Room(run_plan(4, quorum=2, gather_s=20.0))
+    room.born("a", "b")
+
+    room.wait(19.9)
+    assert room.of(RoundOpened) == []
+    room.wait(20.0)
+
+    assert [entry.device for entry in room.of(RoundOpened)[0].attempts] == ["a", "b"]
+
+
+def test_a_run_without_devices_fails_after_its_last_chance_and_says_why():
+    """Gathering fails `max_abandoned` + 1 times in a row: the run ends with the reason."""
+    room = Room(run_plan(2, gather_s=20.0, max_abandoned=2))
+    room.born("a")
+
+    room.wait(1000.0)
+
+    (ended,) = room.of(RunEnded)
+    assert (ended.status, ended.at) == ("failed", 60.0)
+    assert ended.reason == "1 devices after 20 s, quorum is 2: 3 times in a row"
+    assert room.of(RoundOpened) == []
+
+
+def test_rounds_without_a_quorum_are_abandoned_and_at_last_the_run():
+    """Silence to the deadline, twice: the model stays, and the reason counts who did what."""
+    room = Room(run_plan(2, rounds=5, deadline_s=30.0, max_abandoned=1))
+    room.born("a", "b")
+    room.hear("a", m.TaskEvent(attempt="run_1_a", event="declined", reason="battery is low"))
+
+    room.wait(1000.0)
+
+    first, second = room.of(RoundAbandoned)
+    assert first.at == 30.0
+    assert first.reason == "0 updates at the deadline, quorum is 2 (1 assigned, 1 declined)"
+    assert second.round == 2
+    assert room.of(RunEnded)[0].status == "failed"
+    assert room.of(RoundClosed) == []
+
+
+def test_who_was_not_asked_is_recorded_with_the_reason():
+    """Devices that are lost, that only infer, or that were not drawn: each with its reason."""
+    room = Room(run_plan(2, quorum=1, gather_s=5.0))
+    capability = m.Capability(agent="test", trains=False)
+    room.hear("infers", m.Birth(capability=capability))
+    room.born("gone")
+    room.lost("gone")
+    room.born("a")
+    room.wait(5.0)
+
+    (opened,) = room.of(RoundOpened)
+
+    assert [entry.device for entry in opened.attempts] == ["a"]
+    assert opened.excluded == {
+        "gone": "its link was lost",
+        "infers": "it does not train, it only infers",
+    }
+
+
+def test_an_unanswered_assignment_is_sent_again_and_an_answered_one_is_not():
+    """Every ten seconds, until the device says that it has it."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+    room.hear("a", m.TaskEvent(attempt="run_1_a", event="accepted"))
+
+    room.wait(35.0)
+
+    assert len(room.told("a", m.Assignment)) == 1
+    assert len(room.told("b", m.Assignment)) == 4
+
+
+def test_the_will_of_an_older_connection_does_not_make_a_device_lost():
+    """A death certificate that arrives after the rebirth is void."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+    room.hear("a", m.Birth(capability=m.Capability(agent="test"), working="run_1_a"), epoch=2)
+
+    room.hear("a", m.Presence(state="lost"), epoch=1)
+
+    assert room.hub.fleet.is_there("a")
+    assert room.hub.run.round.attempts["run_1_a"].status == "accepted"
+
+
+# Restarts ---------------------------------------------------------------------------------
+
+
+def opening_of(attempt, data):
+    content = content_of(data, 1024)
+    return m.UpdateOpen(attempt=attempt, content=content, report=m.Report(samples=1))
+
+
+def part_of_a_run(room, data):
+    """The life of a run of two devices, step by step; a restart may come between any two."""
+    opening = opening_of("run_1_b", data["b"])
+    sent = list(chunks("run_1_b", data["b"], opening.content))
+    yield lambda: None
+    yield lambda: room.born("a")
+    yield lambda: room.born("b")
+    yield lambda: room.hear("a", m.TaskEvent(attempt="run_1_a", event="training"))
+    yield lambda: room.send("a", data["a"])
+    yield lambda: room.hear("b", opening)
+    for chunk in sent[:2]:
+        yield lambda chunk=chunk: room.hear("b", chunk)
+    yield lambda: [room.hear("b", chunk) for chunk in sent[2:]]
+    yield lambda: room.send("a", data["a"], number=2)
+    yield lambda: room.send("b", data["b"], number=2)
+
+
+@pytest.mark.parametrize("restart_after", range(11))
+def test_a_hub_restarted_in_any_state_ends_with_the_same_model(restart_after):
+    """Between any two letters: births come anew, what was sent is not asked for again."""
+    data = {"a": encoded(1.0), "b": encoded(0.3)}
+    plan = run_plan(2, rounds=2)
+    with on_disk(plan) as record:
+        room = Room(plan, record=record)
+        for number, step in enumerate(part_of_a_run(room, data)):
+            step()
+            if number == restart_after:
+                room.restart()
+                room.born(*["a", "b"][: restart_after if restart_after < 2 else 2])
+        ended = room.of(RunEnded)
+
+    assert [fact.status for fact in ended] == ["finished"]
+    assert len(room.of(UpdateAccepted)) == 4
+    expected = np.float32((1.0 + np.float64(np.float32(0.3))) / 2)
+    assert value(room.model()) == expected
+
+
+def test_a_restarted_hub_asks_again_only_those_who_do_not_hold_their_part():
+    """A birth that names the attempt keeps it; one that does not is assigned anew."""
+    plan = run_plan(2)
+    with on_disk(plan) as record:
+        room = Room(plan, record=record)
+        room.born("a", "b")
+        room.restart()
+        room.born("a", working="run_1_a")
+        room.born("b")
+
+        assert room.told("a", m.Assignment) == []
+        assert [letter.attempt for letter in room.told("b", m.Assignment)] == ["run_1_b"]
+        assert room.told("a", m.Welcome)[0].open_attempts == ("run_1_a",)
+
+
+def test_a_restarted_hub_gives_up_devices_that_do_not_come_back():
+    """After `lost_grace_s` the round goes by its rule, without those never heard of again."""
+    plan = run_plan(2, quorum=1, lost_grace_s=10.0, deadline_s=500.0)
+    with on_disk(plan) as record:
+        room = Room(plan, record=record)
+        room.born("a", "b")
+        room.send("a", encoded(2.0))
+        room.restart()
+        room.wait(60.0)
+
+    assert room.of(RoundClosed)[0].at == 10.0
+    assert room.of(RoundClosed)[0].devices == ("a",)
+
+
+def test_a_stopped_run_calls_everybody_off_and_keeps_its_model():
+    """An operator's stop ends the run at once; updates that come later are told so."""
+    room = Room(run_plan(2, rounds=3))
+    room.born("a", "b")
+
+    room.do(room.hub.stop_run("run", room.now))
+    room.send("a", encoded(1.0))
+
+    assert room.of(RunEnded)[0].status == "stopped"
+    assert len(room.told("a", m.Cancel)) == len(room.told("b", m.Cancel)) == 1
+    assert room.verdicts("a") == ["too-late"]
