@@ -229,6 +229,7 @@ class RunMemory:
     """The active run: its plan, its newest model, and its open round if there is one.
 
     `round` is the number of the round open now, or of the last one when `is_open` is false.
+    `asked` names the devices asked in each of the recent rounds.
     `settled` gives the verdict on updates of recent rounds, by attempt, so that one that comes
     again is told the same.
     """
@@ -242,6 +243,7 @@ class RunMemory:
     abandoned_in_a_row: int = 0
     attempts: dict[str, Attempt] = field(default_factory=dict)
     accepted: list[AcceptedMemory] = field(default_factory=list)
+    asked: dict[int, set[str]] = field(default_factory=dict)
     settled: dict[str, Verdict] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0

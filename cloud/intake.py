@@ -14,12 +14,10 @@ from cloud.facts import (
     UpdateRefused,
 )
 from cloud.outbox import Outbox
-from cloud.run import Contribution, parse_attempt
+from cloud.run import REMEMBERED_ROUNDS, Contribution, parse_attempt
 from federation.errors import CodecError, TransferError
 from federation.protocol import messages as m
 from federation.protocol.messages import Verdict
-
-REMEMBERED_ROUNDS = 50
 
 
 class Intake:
@@ -133,8 +131,10 @@ class Intake:
             return False
         if verdict == "too-late" and attempt not in self._settled:
             self._refuse(device, attempt, digest, verdict, reason, now)
-        else:
-            self._acknowledge(device, attempt, digest, verdict, reason)
+            return True
+        if attempt not in self._settled:
+            self._refuse_letter(device, reason, now)
+        self._acknowledge(device, attempt, digest, verdict, reason)
         return True
 
     def _standing(self, attempt: str) -> tuple[Verdict, str]:
@@ -147,7 +147,9 @@ class Intake:
             return "too-late", "its run is over"
         if run.round is not None and attempt in run.round.attempts:
             return "open", ""
-        if parsed[1] <= run.number and run.method_tolerates_late:
+        if not run.was_asked(parsed[1], parsed[2]):
+            return "rejected", f"{parsed[2]} was not asked in round {parsed[1]}, or long ago"
+        if run.method_tolerates_late:
             return "open", ""
         return "too-late", f"round {parsed[1]} is over; round {run.number} is the newest"
 

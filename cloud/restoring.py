@@ -11,11 +11,9 @@ from cloud.config import RunPlan
 from cloud.facts import AcceptedMemory, DeviceMemory, HubMemory, RunMemory, UploadMemory
 from cloud.registry import Registry
 from cloud.rounds import Attempt
+from cloud.run import REMEMBERED_ROUNDS
 from federation.errors import StoreError
 from federation.protocol.messages import Content, Release, Report, Verdict
-
-VERDICT_ROUNDS = 50
-"""For so many rounds a device that sends its update again is told the same verdict."""
 
 
 def restore(connection: Connection, registry: Registry) -> HubMemory:
@@ -88,6 +86,7 @@ def _run(connection: Connection, row: Row[t.Run, int], registry: Registry) -> Ru
     if last is not None:
         memory.round, memory.is_open = last.number, last.status == "open"
         memory.settled = _settled(connection, plan.name, last.number)
+        memory.asked = _asked(connection, plan.name, last.number)
     if last is not None and memory.is_open:
         memory.deadline = last.deadline
         memory.attempts = _attempts(connection, plan.name, last.number)
@@ -113,11 +112,23 @@ def _attempts(connection: Connection, run: str, number: int) -> dict[str, Attemp
     return {row.attempt: Attempt(*row) for row in rows}
 
 
+def _asked(connection: Connection, run: str, newest: int) -> dict[int, set[str]]:
+    rows = connection.execute(
+        select(t.Attempt.round, t.Attempt.device).where(
+            t.Attempt.run == run, t.Attempt.round > newest - REMEMBERED_ROUNDS
+        )
+    )
+    asked: dict[int, set[str]] = defaultdict(set)
+    for row in rows:
+        asked[row.round].add(row.device)
+    return dict(asked)
+
+
 def _settled(connection: Connection, run: str, newest: int) -> dict[str, Verdict]:
     rows = connection.execute(
         select(t.Attempt.attempt, t.Attempt.verdict).where(
             t.Attempt.run == run,
-            t.Attempt.round > newest - VERDICT_ROUNDS,
+            t.Attempt.round > newest - REMEMBERED_ROUNDS,
             t.Attempt.verdict.is_not(None),
         )
     )

@@ -27,6 +27,10 @@ CHUNK_BYTES = 64 * 1024
 """How models are cut on their way down: passes every broker's default limit but one."""
 
 
+REMEMBERED_ROUNDS = 50
+"""What became of attempts is known for this many rounds."""
+
+
 def attempt_id(run: str, number: int, device: str) -> str:
     """The name of one device's part in one round; it may stand in a topic."""
     return f"{run}_{number}_{device}"
@@ -63,6 +67,7 @@ class ActiveRun:
         self.abandoned_in_a_row = memory.abandoned_in_a_row
         self.bytes_up, self.bytes_down = memory.bytes_up, memory.bytes_down
         self.gathering_since: float | None = None
+        self._asked = dict(memory.asked)
         self.round: Round | None = None
         if memory.is_open:
             self.round = Round(
@@ -74,6 +79,10 @@ class ActiveRun:
             self.contribute(
                 Contribution(kept.attempt, kept.device, kept.round, update, kept.report)
             )
+
+    def was_asked(self, number: int, device: str) -> bool:
+        """Whether this device was asked in this round, if the round is not long over."""
+        return device in self._asked.get(number, ())
 
     @property
     def method_tolerates_late(self) -> bool:
@@ -93,6 +102,8 @@ class ActiveRun:
             name: kept for name, kept in self._contributions.items() if kept.round < self.number
         }
         attempts = [Attempt(attempt_id(self.plan.name, self.number, d), d) for d in devices]
+        self._asked[self.number] = set(devices)
+        self._asked.pop(self.number - REMEMBERED_ROUNDS, None)
         deadline = now + self.plan.policy.deadline_s
         self.round = Round(self.number, self.plan.policy, deadline, attempts)
         return self.round

@@ -1,1 +1,1 @@
-pytest_plugins = ["tests.brokers"]
+pytest_plugins = ["tests.brokers", "tests.databases"]

@@ -70,6 +70,7 @@ class History:
         run.round, run.is_open, run.deadline = run.round + 1, True, self.now + 60.0
         attempts = [Attempt(f"{run.plan.name}_{run.round}_{name}", name) for name in devices]
         run.attempts = {entry.attempt: entry for entry in attempts}
+        run.asked[run.round] = set(devices)
         self.note(
             f.RoundOpened(
                 run.plan.name,

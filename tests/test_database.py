@@ -12,8 +12,6 @@ from cloud.store import Store
 from federation.errors import StoreError
 from tests.histories import commit, with_open_round
 
-pytest_plugins = ["tests.databases"]
-
 
 @pytest.mark.parametrize(
     ("url", "words"),

@@ -18,8 +18,6 @@ from cloud.store import Store
 from federation.protocol.messages import State, Verdict
 from tests.histories import REPORT, UPDATE, History, emptied, plan_of
 
-pytest_plugins = ["tests.databases"]
-
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:

@@ -13,8 +13,6 @@ from cloud.store import Store
 from cloud.tables import Base
 from federation.errors import StoreError
 
-pytest_plugins = ["tests.databases"]
-
 
 def test_the_steps_lead_to_the_tables(database_url: str) -> None:
     """Upgrading an empty database gives exactly the tables that the code works with."""

@@ -11,8 +11,6 @@ from cloud.store import Store
 from federation.errors import ConfigError
 from tests.histories import REPORT, commit, content_of, plan_of, send, with_open_round
 
-pytest_plugins = ["tests.databases"]
-
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:

@@ -16,8 +16,6 @@ from federation.errors import StoreError
 from federation.protocol.messages import Report
 from tests.histories import CHUNK, REPORT, UPDATE, commit, content_of, send, with_open_round
 
-pytest_plugins = ["tests.databases"]
-
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:

@@ -6,7 +6,7 @@ unknown letters and another major version are refused. Times travel as *remainin
 never as wall time: clocks of devices are wrong.
 """
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
@@ -265,7 +265,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int = MAJOR
     sender: str
-    epoch: int
+    epoch: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     body: AnyLetter
 
 
