@@ -99,7 +99,10 @@ def _progress(plan: Scenario, *, quiet: bool) -> Iterator[Callable[[RoundResult]
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(plan.run.name, total=plan.run.rounds)
 
         def show(row: RoundResult) -> None:
