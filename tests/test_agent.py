@@ -66,6 +66,7 @@ class Desk:
         self.wake_at, self.now, self.epoch, self.steps = 0.0, 100.0, 0, 0
         self.stop_after = stop_after
         self.capability = capability
+        self.trainings = 0
         self.agent = None
 
     def boot(self):
@@ -99,6 +100,7 @@ class Desk:
                 case Send(letter):
                     self.said.append(letter)
                 case Train():
+                    self.trainings += 1
                     self.trains.append(effect)
                 case StopTraining(attempt):
                     self.stopped.append(attempt)
@@ -193,6 +195,8 @@ def test_a_device_restarted_at_any_point_sends_the_same_update_once():
         live(again, hub)
 
         assert hub.accepted == undisturbed.accepted, stop_after
+        if any(isinstance(fact, UpdateKept) for fact in desk.facts):
+            assert again.trainings == 0, "what was finished is trained again"
         assert again.held.updates == {}
         assert again.held.assignment is None
         assert again.held.parts == {}
