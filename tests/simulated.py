@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ class Simulation:
         assert ended.status == "finished", ended.reason
         return self.world.model
 
-    def of(self, kind: type) -> list:
+    def of(self, kind: type[Any]) -> list[Any]:
         """The facts of one kind, in order."""
         return [fact for fact in self.facts if isinstance(fact, kind)]
 
