@@ -1,6 +1,7 @@
 """Inference on the device: an ONNX model, exchanged without a gap. No torch."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,10 @@ class Predictor:
         return self._loaded.labels
 
     def predict(self, x: NDArray[Any]) -> NDArray[np.float32]:
-        """The logits (N, classes) of samples (N, ...), N >= 1; flat ones (N, size) will do.
+        """The logits (N, classes) of samples (N, ...), N >= 1, shaped as training takes them.
+
+        A sample may also come flat, or without dimensions of one; a model of flat samples takes
+        any shape of as many numbers.
 
         Raises:
             DataError: no samples, or samples of another shape than the model takes.
@@ -68,7 +72,7 @@ class Predictor:
 def _infer(loaded: _Loaded, x: NDArray[Any]) -> NDArray[np.float32]:
     samples = np.asarray(x, np.float32)
     shape = loaded.sample_shape
-    if samples.ndim == 2 and samples.shape[1] == int(np.prod(shape)):
+    if samples.size and samples.ndim > 1 and _is_alike(samples.shape[1:], shape):
         samples = samples.reshape(-1, *shape)
     if samples.shape[1:] != shape or samples.size == 0 or samples.ndim == 0:
         raise DataError(
@@ -76,6 +80,13 @@ def _infer(loaded: _Loaded, x: NDArray[Any]) -> NDArray[np.float32]:
             f"{', '.join(map(str, shape))}): give one sample or more, the samples first"
         )
     return loaded.run(samples)
+
+
+def _is_alike(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a sample of the one shape may be read as the other, as `check_samples` has it."""
+    if 1 in (len(given), len(wanted)):
+        return math.prod(given) == math.prod(wanted)
+    return [size for size in given if size > 1] == [size for size in wanted if size > 1]
 
 
 def _load(path: Path) -> _Loaded:
