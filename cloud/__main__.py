@@ -5,6 +5,8 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -67,9 +69,9 @@ def start(
     """Ask for a run; the hub opens it when the one before has ended."""
     config = _read_hub(hub)
     run = _read_plan(plan, config)
-    store = _open_record(config, hub)
-    ahead = [r.plan.name for r in store.runs() if r.status in ("requested", "active")]
-    store.request_run(run)
+    with _record(config, hub) as store:
+        ahead = [r.plan.name for r in store.runs() if r.status in ("requested", "active")]
+        store.request_run(run)
     _say(f"run {run.name!r} of {run.rounds} rounds is asked for; see: headwater-hub why {run.name}")
     if find_holder(config.folder) is None:
         _say(f"no hub is running here; it begins with: headwater-hub serve {hub}")
@@ -81,7 +83,8 @@ def start(
 def stop(run: str, hub: HubOption = DEFAULT) -> None:
     """Ask for the end of a run; the model of its last closed round stands."""
     config = _read_hub(hub)
-    _open_record(config, hub).request_stop(run)
+    with _record(config, hub) as store:
+        store.request_stop(run)
     when = "soon" if find_holder(config.folder) else "when the hub is running again"
     _say(f"run {run!r} is asked to stop, and will {when}")
 
@@ -90,10 +93,9 @@ def stop(run: str, hub: HubOption = DEFAULT) -> None:
 def status(hub: HubOption = DEFAULT, as_json: Json = False) -> None:
     """Show the hub, its runs and its devices."""
     config = _read_hub(hub)
-    store = _open_record(config, hub)
-    found = showing.Status(
-        hub=find_holder(config.folder), runs=store.runs(), devices=store.devices()
-    )
+    holder = find_holder(config.folder)
+    with _record(config, hub) as store:
+        found = showing.Status(hub=holder, runs=store.runs(), devices=store.devices())
     _show(found, showing.status_text(found, steady_clock()()), as_json=as_json)
 
 
@@ -102,7 +104,8 @@ def why(run: str, hub: HubOption = DEFAULT, as_json: Json = False) -> None:
     """Say why a run waits, and why devices were not asked or dropped out."""
     config = _read_hub(hub)
     holder = find_holder(config.folder)
-    found = explain(_open_record(config, hub), run, holder, steady_clock()())
+    with _record(config, hub) as store:
+        found = explain(store, run, holder, steady_clock()())
     _show(found, showing.explanation_text(found), as_json=as_json)
 
 
@@ -155,13 +158,18 @@ def _check_plan(plan: RunPlan, hub: HubConfig) -> None:
         )
 
 
-def _open_record(config: HubConfig, hub: Path) -> Store:
+@contextmanager
+def _record(config: HubConfig, hub: Path) -> Iterator[Store]:
     if not config.database and not (config.folder / "hub.db").exists():
         raise ConfigError(
             f"no hub ever ran in {config.folder}; its record was expected there: "
             f"start it once with: headwater-hub serve {hub}"
         )
-    return Store(config.database_url)
+    store = Store(config.database_url)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def _show(value: Any, text: RenderableType, *, as_json: bool) -> None:
