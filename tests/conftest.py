@@ -1,1 +1,1 @@
-pytest_plugins = ["tests.brokers", "tests.databases"]
+pytest_plugins = ["tests.brokers", "tests.command_line", "tests.databases"]

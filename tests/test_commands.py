@@ -2,33 +2,23 @@ import json
 import re
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import save
 
-import cloud.__main__
-import edge_agent.__main__
 from cloud.broker import start_broker
 from cloud.config import HubConfig
 from cloud.holder import hold
 from cloud.store import Store
 from federation.learning.data import LocalData
-from federation.protocol import codec
-from federation.protocol import messages as m
-from federation.protocol.transfer import content_of
 from simulations.datasets import load
 from simulations.demo import write_data
 from simulations.processes import Process, free_port
-from tests.strangers import RunningHub, Stranger, running_hub, small_plan, until
-
-MAINS = {"headwater-hub": cloud.__main__.main, "headwater-agent": edge_agent.__main__.main}
+from tests.command_line import Type
+from tests.strangers import until
 
 HUB = """
 [broker]
@@ -59,71 +49,6 @@ devices_per_round = 1
 [release]
 every = 0
 """
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    def fails(self, *words: str) -> None:
-        """It said in one line what is wrong, with these words, and ended as a mistake does."""
-        assert self.code == 2, self
-        assert len(self.err.splitlines()) == 1, self.err
-        for word in words:
-            assert word in self.err, self.err
-        assert "Traceback" not in self.out + self.err
-
-    def succeeds(self) -> str:
-        assert self.code == 0, self
-        assert self.err == ""
-        return self.out
-
-
-Type = Callable[..., Said]
-
-
-@pytest.fixture
-def typed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Type]:
-    """Runs a command line as its console script does, in the test's folder or another."""
-
-    def run(command: str, *words: str | Path, folder: Path = tmp_path) -> Said:
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            MAINS[command]()
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return Said(code, said.out, said.err)
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts commands as processes, and ends those that are left."""
-    started: list[Process] = []
-
-    def start(*words: str, **environment: str) -> Process:
-        log = tmp_path / f"{words[0]}-{len(started)}.log"
-        started.append(Process([sys.executable, "-m", *words], log, environment))
-        started[-1].start()
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
 
 
 # What may be wrong in a file ---------------------------------------------------------------
@@ -355,144 +280,6 @@ def test_whoever_finds_no_broker_says_so_once_and_keeps_trying(
         assert url in warnings[0]
         assert "start it, or correct the address" in warnings[0]
         assert "Traceback" not in process.last_words()
-
-
-# How a run is, and why ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    """A hub at work in a folder with its hub.toml."""
-    home = tmp_path_factory.mktemp("hub")
-    (home / "hub.toml").touch()
-    with (
-        start_broker("auto", home / "broker") as broker,
-        running_hub(home / "hub", broker.url) as running,
-    ):
-        yield running
-
-
-@pytest.fixture
-def ask(typed: Type, hub: RunningHub) -> Callable[..., str]:
-    """What `headwater-hub` answers in the hub's folder."""
-
-    def answer(*words: str) -> str:
-        return typed("headwater-hub", *words, folder=hub.folder.parent).succeeds()
-
-    return answer
-
-
-Ask = Callable[..., str]
-
-
-@pytest.mark.broker
-def test_why_tells_of_a_wait_for_devices_and_of_runs_behind_it(hub: RunningHub, ask: Ask) -> None:
-    """A run without devices says how many it needs; the next one says whom it waits for."""
-    gone = Stranger("gone", hub.url)
-    gone.join()
-    gone.hear(m.Welcome)
-    gone.leave()
-    hub.ask(small_plan("first", devices_per_round=2, quorum=2, gather_s=60.0))
-    hub.ask(small_plan("second"))
-    until(lambda: hub.status("first").wait is not None)
-    until(lambda: "goodbye" in ask("why", "first"))
-
-    first, second, status = ask("why", "first"), ask("why", "second"), ask("status")
-
-    assert "Run first is active: round 0 of 1." in first
-    assert "devices: 0 of 2 are there; a round needs 2 (at most " in first
-    assert "after 11 waits of 60 s in vain the run fails" in first
-    assert "gone  it said goodbye" in first
-    assert "It waits for the end of first (round 0 of 1)" in second
-    assert "Hub is running (process " in status
-    assert re.search(r"^second +requested +0/1 .*waits for its turn$", status, re.MULTILINE)
-    assert re.search(r"^gone +disconnected .*it said goodbye$", status, re.MULTILINE)
-
-    assert "asked to stop" in ask("stop", "second")
-    assert hub.finish("second").status == "stopped"
-    ask("stop", "first")
-    assert hub.finish("first").status == "stopped"
-
-
-@pytest.mark.broker
-def test_why_tells_what_became_of_every_device(hub: RunningHub, ask: Ask) -> None:
-    """Of each device of a round `why` says what it does, why it dropped out, or was not asked."""
-    strangers = {name: Stranger(name, hub.url) for name in ("ann", "ben", "cem", "dan", "eve")}
-    strangers |= {"fay": Stranger("fay", hub.url), "gus": Stranger("gus", hub.url)}
-    for name, stranger in strangers.items():
-        stranger.join(trains=name != "gus")
-        stranger.hear(m.Welcome)
-    hub.ask(small_plan("fates", devices_per_round=5, lost_grace_s=60.0, deadline_s=60.0))
-    until(lambda: len(hub.store.attempts("fates", 1)) == 5)
-    asked = [entry.device for entry in hub.store.attempts("fates", 1)]
-    silent, busy, vanished, unwilling, poisonous = (strangers[name] for name in asked)
-    tasks = {name: strangers[name].hear(m.Assignment) for name in asked}
-
-    busy.say(m.TaskEvent(attempt=tasks[busy.name].attempt, event="training"))
-    reason = "battery at [/red] 3 % :skull:"
-    unwilling.say(
-        m.TaskEvent(attempt=tasks[unwilling.name].attempt, event="declined", reason=reason)
-    )
-    poisonous.say(poisoned(tasks[poisonous.name]))
-    vanished.vanish()
-    until(lambda: len(hub.why("fates").dropped) == 2 and "lost" in ask("why", "fates"))
-    text, found, status = (
-        ask("why", "fates"),
-        json.loads(ask("why", "fates", "--json")),
-        ask("status"),
-    )
-
-    (left_out,) = {"ann", "ben", "cem", "dan", "eve", "fay"} - set(asked)
-    assert "updates: 0 of 5 are in; at the deadline the round makes do with 1" in text
-    assert "has not answered yet" in found["open"][silent.name]
-    assert "began to train" in found["open"][busy.name]
-    assert "its link was lost; waited for at most" in found["open"][vanished.name]
-    assert found["dropped"][unwilling.name] == f"declined: {reason}"
-    assert "refused: tensor 'classifier.bias'" in found["dropped"][poisonous.name]
-    assert "not drawn" in found["not_asked"][left_out]
-    assert found["not_asked"]["gus"] == "it does not train, it only infers"
-    for section in ("open", "dropped", "not_asked"):
-        for device, why in found[section].items():
-            assert re.search(rf"^  {device} +{re.escape(why[:10])}", text, re.MULTILINE)
-    assert re.search(rf"^{unwilling.name} +ready .*{re.escape(reason)}$", status, re.MULTILINE)
-
-    ask("stop", "fates")
-    hub.finish("fates")
-    assert "It waits for nothing: it is stopped (the operator stopped it)" in ask("why", "fates")
-    for stranger in strangers.values():
-        stranger.leave()
-
-
-@pytest.mark.broker
-def test_why_remembers_who_dropped_out_of_earlier_rounds(hub: RunningHub, ask: Ask) -> None:
-    """A device that failed in round after round is named, and so are rounds without a model."""
-    stranger = Stranger("clumsy", hub.url)
-    stranger.join()
-    hub.ask(small_plan("stumbles", rounds=3, devices_per_round=1, max_abandoned=2))
-    for _ in range(3):
-        task = stranger.hear(m.Assignment)
-        stranger.say(m.TaskEvent(attempt=task.attempt, event="failed", reason="out of memory"))
-
-    assert hub.finish("stumbles").status == "failed"
-    found = json.loads(ask("why", "stumbles", "--json"))
-    stranger.leave()
-
-    assert "3 rounds in a row" in found["waiting"]
-    assert found["dropped"] == {"clumsy": "failed: out of memory"}
-    assert found["fell_out"] == {
-        "clumsy": "round 2: failed: out of memory (2 of the last 2 rounds)"
-    }
-    assert sorted(found["abandoned"]) == ["1", "2", "3"]
-
-
-def poisoned(task: m.Assignment) -> m.UpdateOpen:
-    """An update with NaN in it."""
-    assert task.inline is not None
-    base = codec.decode(task.inline)
-    data = save({**base, "classifier.bias": np.full(10, np.nan, np.float32)})
-    report = m.Report(samples=1)
-    content = content_of(data, 65536)
-    return m.UpdateOpen(attempt=task.attempt, content=content, report=report, inline=data)
 
 
 # A day with both commands ---------------------------------------------------------------------
