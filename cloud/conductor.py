@@ -72,7 +72,9 @@ class Conductor:
         if run.gathering_since is None:
             run.gathering_since = now
         waited_enough = now >= run.gathering_since + policy.gather_s
-        if len(there) < policy.wanted and not (waited_enough and len(there) >= policy.quorum):
+        if not self._are_enough(run, len(there)) and not (
+            waited_enough and len(there) >= policy.quorum
+        ):
             if waited_enough:
                 self._gather_again(run, len(there), now)
             return False
@@ -95,6 +97,14 @@ class Conductor:
             self.assign(entry, now)
         self._resend_at = now + RESEND_S
         return True
+
+    def _are_enough(self, run: ActiveRun, there: int) -> bool:
+        """Whether a round may open at once: devices busy with a late update are not waited for."""
+        policy = run.plan.policy
+        busy = sum(1 for entry in self._fleet.devices.values() if entry.task is not None)
+        return there >= policy.wanted or (
+            there >= policy.devices_per_round and there + busy >= policy.wanted
+        )
 
     def _gather_again(self, run: ActiveRun, there: int, now: float) -> None:
         # Nobody was asked, so no round number is spent; the count keeps a run from waiting on.
@@ -197,28 +207,43 @@ class Conductor:
         entry = self.run.round.attempts.get(attempt)
         return [entry] if entry is not None and entry.status in waited_for else []
 
+    def restart(self, now: float) -> None:
+        """The hub has restarted: the devices of the open round are lost until heard of again."""
+        run = self.run
+        if run is not None and run.round is not None:
+            for entry in run.round.restart(now):
+                self._note_change(run.plan.name, run.number, entry, now)
+
+    def release(self, device: str, attempt: str) -> None:
+        """This attempt is over for its device: it may be asked again."""
+        entry = self._fleet.devices.get(device)
+        if entry is not None and entry.task == attempt:
+            entry.task, entry.progress = None, 0.0
+
     def mark(self, attempt: str, status: Status, reason: str, now: float) -> None:
         """Note what became of an attempt, where it is of the open round and that is news."""
         parsed = parse_attempt(attempt)
         if parsed is None:
             return
         run, number, device = parsed
-        entry = self._fleet.devices.get(device)
-        if entry is not None and entry.task == attempt and status not in OPEN:
-            entry.task = None
+        if status not in OPEN:
+            self.release(device, attempt)
         opened = self.run.round if self.run is not None else None
         if opened is not None and opened.mark(attempt, status, reason, now):
-            self._outbox.note(
-                AttemptChanged(
-                    run=run,
-                    round=number,
-                    attempt=attempt,
-                    device=device,
-                    status=status,
-                    reason=reason,
-                    at=now,
-                )
+            self._note_change(run, number, opened.attempts[attempt], now)
+
+    def _note_change(self, run: str, number: int, entry: Attempt, now: float) -> None:
+        self._outbox.note(
+            AttemptChanged(
+                run=run,
+                round=number,
+                attempt=entry.attempt,
+                device=entry.device,
+                status=entry.status,
+                reason=entry.reason,
+                at=now,
             )
+        )
 
     def _note_wait(self, name: str, describe: Callable[[float], Wait], now: float) -> float:
         """Record what is waited for where that changed; when to look again otherwise.

@@ -13,7 +13,6 @@ from cloud.facts import (
     DeviceBorn,
     HubFact,
     HubMemory,
-    LetterRefused,
     PresenceChanged,
     Released,
     RunMemory,
@@ -62,8 +61,7 @@ class Coordinator:
 
     def start(self, now: float) -> Effects:
         """Go on where the record ends. Devices are lost until they are heard of again."""
-        if self.run is not None and self.run.round is not None:
-            self.run.round.restart(now)
+        self._conductor.restart(now)
         return self._finish(now)
 
     def on_link(self, link: Link, now: float) -> Effects:
@@ -97,7 +95,7 @@ class Coordinator:
                 self._intake.on_chunk(device, letter, now)
             case _:
                 reason = f"{type(letter).__name__} is not a letter for the hub"
-                self._outbox.note(LetterRefused(sender=device, reason=reason, at=now))
+                self._outbox.refuse(device, reason, now)
         return self._finish(now)
 
     def on_wake(self, now: float) -> Effects:
@@ -130,7 +128,7 @@ class Coordinator:
 
     def on_unreadable(self, sender: str, error: ProtocolError, now: float) -> Effects:
         """A letter could not even be read: record that, go on."""
-        self._outbox.note(LetterRefused(sender=sender, reason=str(error), at=now))
+        self._outbox.refuse(sender, str(error), now)
         return self._finish(now)
 
     # Devices come and go, and fetch models ------------------------------------------------

@@ -67,4 +67,6 @@ class Fleet:
         }
         if entry.state != "ready":
             return reasons.get(entry.state, f"it is {entry.state}")
-        return "" if entry.capability.trains else "it does not train, it only infers"
+        if not entry.capability.trains:
+            return "it does not train, it only infers"
+        return f"it still works on {entry.task}" if entry.task is not None else ""

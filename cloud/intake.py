@@ -9,7 +9,6 @@ from cloud.conductor import Conductor
 from cloud.facts import (
     ChunkStored,
     HubMemory,
-    LetterRefused,
     UpdateAccepted,
     UpdateRefused,
 )
@@ -61,7 +60,7 @@ class Intake:
         try:
             self._take(upload, letter)
         except TransferError as error:
-            self._refuse_letter(device, str(error), now)
+            self._outbox.refuse(device, str(error), now)
         self._after_arrival(device, letter.attempt, upload, now)
 
     def _take(self, upload: up.Upload, chunk: m.UpdateChunk) -> None:
@@ -96,7 +95,7 @@ class Intake:
             update = up.read_update(data, run.weights, run.local_plan(device))
         except TransferError as error:
             if self._uploads.restart(attempt):
-                self._refuse_letter(device, str(error), now)
+                self._outbox.refuse(device, str(error), now)
                 self._outbox.say(m.UpdateAck(attempt=attempt, digest=digest), device)
             else:
                 self._refuse(device, attempt, digest, "rejected", str(error), now)
@@ -108,6 +107,7 @@ class Intake:
         run.contribute(Contribution(attempt, device, number, update, upload.report))
         if run.round is not None and attempt in run.round.attempts:
             run.round.receive(attempt, upload.report)
+        self._conductor.release(device, attempt)
         self._uploads.forget(attempt)
         self._settle(attempt, "stored")
         self._outbox.note(
@@ -133,7 +133,7 @@ class Intake:
             self._refuse(device, attempt, digest, verdict, reason, now)
             return True
         if attempt not in self._settled:
-            self._refuse_letter(device, reason, now)
+            self._outbox.refuse(device, reason, now)
         self._acknowledge(device, attempt, digest, verdict, reason)
         return True
 
@@ -176,6 +176,7 @@ class Intake:
     def _refuse(
         self, device: str, attempt: str, digest: str, verdict: Verdict, reason: str, now: float
     ) -> None:
+        self._conductor.release(device, attempt)
         self._uploads.forget(attempt)
         self._settle(attempt, verdict)
         self._outbox.note(
@@ -192,15 +193,12 @@ class Intake:
             self._conductor.mark(attempt, "refused", reason, now)
         self._acknowledge(device, attempt, digest, verdict, reason)
 
-    def _refuse_letter(self, sender: str, reason: str, now: float) -> None:
-        self._outbox.note(LetterRefused(sender=sender, reason=reason, at=now))
-
     def owns(self, device: str, attempt: str, now: float) -> bool:
         """Whether this attempt is the device's own; if not, that is recorded."""
         parsed = parse_attempt(attempt)
         if parsed is not None and parsed[2] == device:
             return True
-        self._refuse_letter(device, f"attempt {attempt[:80]!r} does not belong to {device}", now)
+        self._outbox.refuse(device, f"attempt {attempt[:80]!r} does not belong to {device}", now)
         return False
 
 

@@ -126,6 +126,8 @@ class Round:
         entry = self.attempts.get(attempt)
         if entry is None or entry.status in ("received", status):
             return False
+        if (entry.status, status) == ("training", "accepted"):
+            return False  # An assignment that was sent twice is accepted twice.
         entry.status, entry.reason = status, reason
         for held in (self._open, self._lost, self._received):
             held.discard(attempt)
@@ -138,17 +140,20 @@ class Round:
             self._received.add(attempt)
         return True
 
-    def restart(self, now: float) -> None:
-        """The hub has restarted: whoever is waited for is lost until heard of again.
+    def restart(self, now: float) -> list[Attempt]:
+        """The hub has restarted: whoever is waited for is lost until heard of again; who that is.
 
         The deadline is never longer than the policy's, whatever the clock did meanwhile.
         """
+        lost = []
         for entry in self.attempts.values():
             if entry.status in OPEN or entry.status == "lost":
                 entry.status, entry.reason, entry.lost_at = "lost", "the hub has restarted", now
                 self._open.discard(entry.attempt)
                 self._lost.add(entry.attempt)
+                lost.append(entry)
         self.deadline = min(self.deadline, now + self.policy.deadline_s)
+        return lost
 
     def receive(self, attempt: str, report: Report) -> None:
         """The update of this attempt is in and counts."""

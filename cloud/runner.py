@@ -19,13 +19,13 @@ from cloud.appraiser import Appraiser, Closed, Exported
 from cloud.config import HubConfig, RunPlan
 from cloud.coordinator import Coordinator
 from cloud.facts import HubFact, RoundClosed, RunEnded
+from cloud.initial import initial_model
 from cloud.registry import Registry
 from cloud.store import Store
 from federation.errors import ConfigError, ProtocolError, StoreError
-from federation.protocol import codec
 from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
 from federation.protocol.link import Arrived, MailboxConfig
-from federation.protocol.messages import AnyLetter, HubState, ModelSpec, seal
+from federation.protocol.messages import AnyLetter, HubState, seal
 from federation.protocol.mqtt import Mailbox
 from federation.protocol.topics import Route, open_letter, route
 from optimizer.problem import Selector
@@ -256,11 +256,3 @@ def _never_begun(
     run: str, status: Literal["stopped", "failed"], reason: str, now: float
 ) -> RunEnded:
     return RunEnded(run=run, status=status, reason=reason, at=now)
-
-
-def initial_model(plan: RunPlan) -> bytes:
-    """The encoded weights a run begins with, decided by its seed alone."""
-    from federation.learning.models import initial_weights
-
-    spec = ModelSpec(name=plan.model.name, sizes=plan.model.sizes)
-    return codec.encode(initial_weights(spec, plan.seed))

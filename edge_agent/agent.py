@@ -87,6 +87,9 @@ class Agent:
     def start(self, now: float) -> Effects:
         """Go on where the journal ends: fetch on, train on, or upload on."""
         self._started_at = now
+        if self.release is not None:
+            # The power may have gone between taking a release in and letting its chunks go.
+            self._drop_content(self.release.content.digest)
         self._heartbeat_at = now + self._settings.heartbeat_s
         if self.assignment is not None and self._outgoing.holds(self.assignment.attempt):
             # The power failed after the update was kept and before the task was forgotten.

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud.config import RunPlan
 from edge_agent.agent import AgentSettings
 from federation.errors import ConfigError
 from federation.learning.data import (
@@ -17,8 +16,6 @@ from federation.learning.data import (
     load_folder,
     shard_partition,
 )
-from federation.protocol import codec
-from federation.protocol.messages import ModelSpec
 from simulations.bus import LinkQuality
 from simulations.datasets import DataSet, load
 from simulations.device import DeviceModel
@@ -80,14 +77,6 @@ def fleet_members(scenario: Scenario, data: FleetData) -> list[Member]:
         )
         members.append(Member(name, held, model))
     return members
-
-
-def initial_model(plan: RunPlan) -> bytes:
-    """The encoded weights a run begins with, decided by its seed alone."""
-    from federation.learning.models import initial_weights
-
-    spec = ModelSpec(name=plan.model.name, sizes=plan.model.sizes)
-    return codec.encode(initial_weights(spec, plan.seed))
 
 
 def device_names(count: int) -> list[str]:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cloud.initial import initial_model
 from cloud.registry import Registry
 from cloud.store import Store
 from edge_agent.trainer import fulfil
@@ -12,7 +13,7 @@ from federation.errors import ConfigError, StoreError
 from federation.protocol.codec import digest_of
 from simulations.device import Trainer
 from simulations.faults import arrange_faults
-from simulations.fleet import FleetData, fleet_data, fleet_members, initial_model
+from simulations.fleet import FleetData, fleet_data, fleet_members
 from simulations.hub import UNRECORDED, HubRecord
 from simulations.report import (
     Ledger,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cloud.config import BrokerConfig, HubConfig, ModelChoice, ReleasePlan, RunPlan, TrainingPlan
+from cloud.initial import initial_model
 from cloud.queries import RunStatus
 from cloud.registry import Registry
 from cloud.rounds import RoundPolicy
@@ -18,7 +19,6 @@ from edge_agent.config import AgentConfig, DataConfig, TrainingConfig
 from edge_agent.trainer import fulfil
 from federation.learning.data import LocalData
 from simulations.datasets import load
-from simulations.fleet import initial_model
 from simulations.link import LinkProxy
 from simulations.processes import Process, agent_process, free_port, hub_process
 from simulations.world import Member, World

@@ -12,6 +12,7 @@ import torch
 
 from cloud.config import MethodChoice, ModelChoice, RunPlan, TrainingPlan
 from cloud.facts import UpdateAccepted
+from cloud.initial import initial_model
 from cloud.registry import Registry
 from cloud.rounds import RoundPolicy
 from cloud.store import Store
@@ -21,7 +22,6 @@ from federation.learning.data import LocalData
 from simulations.bus import LinkQuality
 from simulations.datasets import load
 from simulations.device import DeviceModel
-from simulations.fleet import initial_model
 from simulations.hub import HubRecord
 from simulations.world import Conditions, Member, World
 

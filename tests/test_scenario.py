@@ -8,10 +8,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from cloud.initial import initial_model
 from federation.errors import ConfigError
 from federation.protocol import codec
 from simulations.__main__ import main
-from simulations.fleet import device_names, fleet_data, fleet_members, initial_model
+from simulations.fleet import device_names, fleet_data, fleet_members
 from simulations.report import drop_reasons
 from simulations.scenario import (
     BrokerRestart,
