@@ -12,9 +12,9 @@ import numpy as np
 from benchmarks.claims import BrokerKind
 from benchmarks.processes import wait_until
 from cloud.config import BrokerConfig, HubConfig, ModelChoice, ReleasePlan, RunPlan, TrainingPlan
-from cloud.queries import RoundRow
-from cloud.rounds import RoundPolicy
-from cloud.store import Store
+from cloud.coordination.rounds import RoundPolicy
+from cloud.record.queries import RoundRow
+from cloud.record.store import Store
 from edge_agent.config import AgentConfig, DataConfig
 from federation.errors import HeadwaterError
 from simulations.processes import Process, agent_process, free_port, hub_process, open_record

@@ -58,7 +58,7 @@ def measure(options: Options) -> list[Claim]:
 def _install(options: Options, extras: str) -> Installed:
     name = f"device-{extras.replace(',', '-')}"
     known = find_environment(name)
-    if known is None or not options.is_quick:
+    if known is None or not (known.folder / "lean_mb").exists() or not options.is_quick:
         options.tell(f"a fresh environment with [{extras}]")
         wanted = [f"{ROOT}[{extras}]"]
         known = make_environment(name, wanted, afresh=True, is_compiled=False)

@@ -22,9 +22,9 @@ from benchmarks.fleet import (
 from benchmarks.flower.deployment import Flower, flower_deployment
 from benchmarks.processes import Memory, cpu_s, memory, wait_until
 from cloud.config import HubConfig, ModelChoice, ReleasePlan, RunPlan, TrainingPlan
-from cloud.rounds import RoundPolicy
+from cloud.coordination.rounds import RoundPolicy
 from federation.errors import HeadwaterError
-from simulations.datasets import load
+from simulations.data.datasets import load
 from simulations.processes import Process, agent_process
 
 _INFER = """
@@ -51,7 +51,7 @@ def measure_residents(
     options: Options, *, idle: Environment, inferring: Environment, flower: Environment | None
 ) -> dict[str, Resident]:
     """An idle, an inferring and a training device, and under `flower` an idle SuperNode."""
-    config = hub_settings(options.folder, "auto")
+    config = hub_settings(options.folder, options.broker)
     data = _write_digits(options.folder / "data")
     found: dict[str, Resident] = {}
     with serving(config, options.folder) as (hub, store):

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cloud.config import RunPlan
-from cloud.registry import Registry
-from cloud.run import CHUNK_BYTES
-from cloud.store import Store
+from cloud.coordination.run import CHUNK_BYTES
+from cloud.record.registry import Registry
+from cloud.record.store import Store
 from federation.errors import HeadwaterError
 from federation.learning.data import LocalData, load_folder
 from federation.protocol import codec

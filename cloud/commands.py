@@ -18,7 +18,7 @@ from cloud import showing
 from cloud.config import HubConfig, RunPlan
 from cloud.explaining import explain
 from cloud.holder import find_holder
-from cloud.store import Store
+from cloud.record.store import Store
 from federation.config import read_config
 from federation.errors import ConfigError
 from federation.protocol.clock import steady_clock

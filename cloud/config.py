@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from cloud.rounds import RoundPolicy
+from cloud.coordination.rounds import RoundPolicy
 from federation.errors import ConfigError, ProtocolError
 from federation.learning.methods import method_named
 from federation.protocol.link import parse_url

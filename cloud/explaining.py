@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import msgspec
 
 from cloud.holder import Holder
-from cloud.queries import AttemptRow, DeviceRow, RoundRow, RunStatus
-from cloud.store import Store
+from cloud.record.queries import AttemptRow, DeviceRow, RoundRow, RunStatus
+from cloud.record.store import Store
 
 RECENT_ROUNDS = 10
 """How many rounds before the newest are looked at for devices that fell out."""

@@ -17,11 +17,11 @@ from typing import Literal, TypeAlias
 
 from cloud.appraiser import Appraiser, Closed, Exported
 from cloud.config import HubConfig, RunPlan
-from cloud.coordinator import Coordinator
-from cloud.facts import HubFact, RoundClosed, RunEnded
+from cloud.coordination.coordinator import Coordinator
+from cloud.coordination.facts import HubFact, RoundClosed, RunEnded
 from cloud.initial import initial_model
-from cloud.registry import Registry
-from cloud.store import Store
+from cloud.record.registry import Registry
+from cloud.record.store import Store
 from federation.errors import ConfigError, ProtocolError, StoreError
 from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
 from federation.protocol.link import Arrived, MailboxConfig

@@ -9,10 +9,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from cloud.coordination.run import parse_attempt
 from cloud.explaining import Explanation, absences, ago
 from cloud.holder import Holder
-from cloud.queries import DeviceRow, RunStatus
-from cloud.run import parse_attempt
+from cloud.record.queries import DeviceRow, RunStatus
 
 MANY = 20
 """A list of devices or rounds longer than this is cut; `--json` has them all."""

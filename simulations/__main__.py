@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from federation.errors import HeadwaterError
-from simulations import data_command
-from simulations.datasets import cache_folder
-from simulations.demo_command import run_demo
+from simulations.data import command as data_command
+from simulations.data.datasets import cache_folder
+from simulations.demo.command import run_demo
 from simulations.report import Result, RoundResult, as_builtins
 from simulations.scenario import Scenario, find_scenario, read_scenario, shipped_scenarios
 

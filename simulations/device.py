@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cloud.run import parse_attempt
+from cloud.coordination.run import parse_attempt
 from edge_agent.agent import Agent, AgentSettings
 from edge_agent.facts import AgentFact, AssignmentKept, ChunkKept, Held, UpdateForgotten, UpdateKept
 from federation.errors import ProtocolError, TrainingError

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 
-from cloud.facts import HubFact, RoundOpened
+from cloud.coordination.facts import HubFact, RoundOpened
 from federation.errors import ConfigError
 from simulations.device import Trap
 from simulations.scenario import (

@@ -17,11 +17,11 @@ from federation.learning.data import (
     shard_partition,
 )
 from simulations.bus import LinkQuality
-from simulations.datasets import DataSet, load
+from simulations.data.datasets import DataSet, load
+from simulations.demo.wrist import wrist_fleet
 from simulations.device import DeviceModel
 from simulations.scenario import FleetPlan, LateJoin, Scenario
 from simulations.world import Member, draws_of
-from simulations.wrist import wrist_fleet
 
 Indices = NDArray[np.int64]
 

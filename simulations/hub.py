@@ -4,8 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cloud.config import RunPlan
-from cloud.coordinator import Coordinator
-from cloud.facts import HubFact, HubMemory, RoundClosed, RoundOpened, RunOpened, UpdateAccepted
+from cloud.coordination.coordinator import Coordinator
+from cloud.coordination.facts import (
+    HubFact,
+    HubMemory,
+    RoundClosed,
+    RoundOpened,
+    RunOpened,
+    UpdateAccepted,
+)
 from federation.errors import ProtocolError
 from federation.protocol import messages as m
 from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
@@ -25,7 +32,7 @@ _KEPT_MODELS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubRecord:
-    """What outlives a hub's process, as `cloud.store.Store` offers it.
+    """What outlives a hub's process, as `cloud.record.store.Store` offers it.
 
     `record` writes a batch of facts, or none of it; `restore` gives the memory they amount to;
     `read_content` gives a model by its digest.

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from cloud.config import HubConfig
-from cloud.store import Store
+from cloud.record.store import Store
 from federation.errors import HeadwaterError
 
 

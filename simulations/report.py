@@ -10,8 +10,7 @@ from typing import IO, Any
 import msgspec
 
 from cloud.config import RunPlan
-from cloud.events import event_of
-from cloud.facts import (
+from cloud.coordination.facts import (
     AttemptChanged,
     ChunkStored,
     HubFact,
@@ -23,6 +22,7 @@ from cloud.facts import (
     UpdateAccepted,
     UpdateRefused,
 )
+from cloud.record.events import event_of
 from federation.errors import ConfigError
 from federation.learning.data import LocalData
 from federation.protocol import codec

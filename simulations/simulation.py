@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cloud.initial import initial_model
-from cloud.registry import Registry
-from cloud.store import Store
+from cloud.record.registry import Registry
+from cloud.record.store import Store
 from edge_agent.trainer import fulfil
 from federation.errors import ConfigError, StoreError
 from federation.protocol.codec import digest_of

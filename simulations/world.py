@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cloud.config import RunPlan
-from cloud.facts import HubFact, RoundClosed, RunEnded
+from cloud.coordination.facts import HubFact, RoundClosed, RunEnded
 from federation.learning.data import LocalData
 from optimizer.baselines import select_uniformly
 from optimizer.problem import Selector

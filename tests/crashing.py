@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cloud import facts as hub_facts
+from cloud.coordination import facts as hub_facts
 from edge_agent import facts
 from federation.protocol import messages as m
 
@@ -80,9 +80,9 @@ def watch_agent() -> None:
 
 
 def watch_hub() -> None:
-    from cloud.run import ActiveRun
+    from cloud.coordination.run import ActiveRun
+    from cloud.record.store import Store
     from cloud.runner import HubRunner
-    from cloud.store import Store
 
     def on_committed(recorded: list[Any], _registry: Any) -> None:
         kinds = {type(fact) for fact in recorded}

@@ -4,13 +4,13 @@ import copy
 import hashlib
 from typing import Literal
 
-from cloud import facts as f
 from cloud.config import ModelChoice, RunPlan
-from cloud.database import open_database
-from cloud.registry import Registry
-from cloud.rounds import Attempt, Round, RoundPolicy, Status
-from cloud.store import Store
-from cloud.tables import Base
+from cloud.coordination import facts as f
+from cloud.coordination.rounds import Attempt, Round, RoundPolicy, Status
+from cloud.record.database import open_database
+from cloud.record.registry import Registry
+from cloud.record.store import Store
+from cloud.record.tables import Base
 from federation.protocol.messages import Capability, Content, Release, Report, Verdict
 
 CHUNK = 1024
@@ -25,8 +25,8 @@ def content_of(data: bytes) -> Content:
 class History:
     """Makes facts as a coordinator would, and keeps in `memory` what must come back of them.
 
-    The rules are those of `cloud.facts`, written with the objects a coordinator holds and
-    without a database. `noted` are the facts since it was last emptied.
+    The rules are those of `cloud.coordination.facts`, written with the objects a coordinator
+    holds and without a database. `noted` are the facts since it was last emptied.
     """
 
     def __init__(self) -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from cloud.config import BrokerConfig, HubConfig, ModelChoice, ReleasePlan, RunPlan, TrainingPlan
+from cloud.coordination.rounds import RoundPolicy
 from cloud.initial import initial_model
-from cloud.queries import RunStatus
-from cloud.registry import Registry
-from cloud.rounds import RoundPolicy
-from cloud.store import Store
+from cloud.record.queries import RunStatus
+from cloud.record.registry import Registry
+from cloud.record.store import Store
 from edge_agent.config import AgentConfig, DataConfig, TrainingConfig
 from edge_agent.trainer import fulfil
 from federation.learning.data import LocalData
-from simulations.datasets import load
+from simulations.data.datasets import load
 from simulations.link import LinkProxy
 from simulations.processes import Process, agent_process, free_port, hub_process
 from simulations.world import Member, World

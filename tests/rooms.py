@@ -3,12 +3,12 @@
 import numpy as np
 
 from cloud.config import MethodChoice, ModelChoice, RunPlan
-from cloud.coordinator import Coordinator
-from cloud.facts import (
+from cloud.coordination.coordinator import Coordinator
+from cloud.coordination.facts import (
     HubMemory,
     RoundClosed,
 )
-from cloud.rounds import RoundPolicy
+from cloud.coordination.rounds import RoundPolicy
 from federation.protocol import codec
 from federation.protocol import messages as m
 from federation.protocol.effects import Link, Record, Send, WakeAt

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from cloud.config import MethodChoice, ModelChoice, RunPlan, TrainingPlan
-from cloud.facts import UpdateAccepted
+from cloud.coordination.facts import UpdateAccepted
+from cloud.coordination.rounds import RoundPolicy
 from cloud.initial import initial_model
-from cloud.registry import Registry
-from cloud.rounds import RoundPolicy
-from cloud.store import Store
+from cloud.record.registry import Registry
+from cloud.record.store import Store
 from edge_agent.agent import AgentSettings
 from edge_agent.trainer import fulfil
 from federation.learning.data import LocalData
 from simulations.bus import LinkQuality
-from simulations.datasets import load
+from simulations.data.datasets import load
 from simulations.device import DeviceModel
 from simulations.hub import HubRecord
 from simulations.world import Conditions, Member, World

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from cloud.config import BrokerConfig, HubConfig, ModelChoice, ReleasePlan, RunPlan, TrainingPlan
+from cloud.coordination.rounds import RoundPolicy
 from cloud.explaining import Explanation, explain
 from cloud.holder import find_holder
-from cloud.queries import EventRow, RunStatus
-from cloud.rounds import RoundPolicy
+from cloud.record.queries import EventRow, RunStatus
+from cloud.record.store import Store
 from cloud.serving import serving
-from cloud.store import Store
 from federation.protocol import messages as m
 from federation.protocol.clock import steady_clock
 from federation.protocol.effects import Link

@@ -56,7 +56,7 @@ def test_no_module_has_a_name_that_refuses_nothing() -> None:
     [
         ("edge_agent.runner", {"torch", "numpy", "sqlalchemy", "rich", "typer", "onnxruntime"}),
         ("edge_agent.inference", {"torch", "sqlalchemy", "rich", "typer"}),
-        ("cloud.coordinator", {"torch", "paho", "sqlalchemy", "fastapi", "pyomo"}),
+        ("cloud.coordination.coordinator", {"torch", "paho", "sqlalchemy", "fastapi", "pyomo"}),
         ("federation", {"numpy", "msgspec"}),
     ],
 )

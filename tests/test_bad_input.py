@@ -20,8 +20,8 @@ from federation.protocol import messages as m
 from federation.protocol.clock import steady_clock
 from federation.protocol.codec import Weights
 from federation.protocol.transfer import content_of, cut
-from simulations.datasets import load
-from simulations.demo import write_data
+from simulations.data.datasets import load
+from simulations.demo.script import write_data
 from tests.strangers import Clock, RunningHub, Stranger, running_hub, small_plan, until
 
 pytestmark = pytest.mark.broker

@@ -12,10 +12,10 @@ import pytest
 from cloud.broker import start_broker
 from cloud.config import HubConfig
 from cloud.holder import hold
-from cloud.store import Store
+from cloud.record.store import Store
 from federation.learning.data import LocalData
-from simulations.datasets import load
-from simulations.demo import write_data
+from simulations.data.datasets import load
+from simulations.demo.script import write_data
 from simulations.processes import Process, free_port
 from tests.command_line import Type
 from tests.strangers import until

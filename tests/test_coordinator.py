@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cloud.facts import (
+from cloud.coordination.facts import (
     AttemptChanged,
     RoundAbandoned,
     RoundClosed,

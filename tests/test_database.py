@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url, text
 
-from cloud.database import open_database
-from cloud.registry import Registry
-from cloud.store import Store
+from cloud.record.database import open_database
+from cloud.record.registry import Registry
+from cloud.record.store import Store
 from federation.errors import StoreError
 from tests.histories import commit, with_open_round
 

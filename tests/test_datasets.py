@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from federation.errors import DataError
-from simulations.archives import read_idx, read_members, unpickle_arrays
-from simulations.catalogue import CATALOGUE, find_entry
-from simulations.conversion import windows
-from simulations.data_command import app
-from simulations.datasets import DataSet, cache_folder, cached_file, fetch, load
-from simulations.fetching import Package, Registry, UnreachableError, check_digest, obtain
+from simulations.data.archives import read_idx, read_members, unpickle_arrays
+from simulations.data.catalogue import CATALOGUE, find_entry
+from simulations.data.command import app
+from simulations.data.conversion import windows
+from simulations.data.datasets import DataSet, cache_folder, cached_file, fetch, load
+from simulations.data.fetching import Package, Registry, UnreachableError, check_digest, obtain
 
 
 def _silent(_stage: str, _done_bytes: int, _total_bytes: int) -> None:

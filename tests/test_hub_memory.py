@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cloud.registry import Registry
-from cloud.rounds import Status
-from cloud.store import Store
+from cloud.coordination.rounds import Status
+from cloud.record.registry import Registry
+from cloud.record.store import Store
 from federation.protocol.messages import State, Verdict
 from tests.histories import REPORT, UPDATE, History, emptied, plan_of
 
@@ -196,8 +196,8 @@ def test_what_was_committed_survives_sigkill(
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
-        from cloud.registry import Registry
-        from cloud.store import Store
+        from cloud.record.registry import Registry
+        from cloud.record.store import Store
         from tests.histories import commit, send, with_open_round
         store, registry = Store(sys.argv[1]), Registry(Path(sys.argv[2]))
         history = with_open_round(store, devices=tuple(f"d{n}" for n in range(100)))

@@ -7,10 +7,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect, text
 
-from cloud.database import open_database
-from cloud.migrations import HEAD, configuration, revision_of, upgrade
-from cloud.store import Store
-from cloud.tables import Base
+from cloud.record.database import open_database
+from cloud.record.migrations import HEAD, configuration, revision_of, upgrade
+from cloud.record.store import Store
+from cloud.record.tables import Base
 from federation.errors import StoreError
 
 

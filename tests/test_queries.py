@@ -4,10 +4,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloud import facts as f
-from cloud.registry import Registry
-from cloud.rounds import Wait
-from cloud.store import Store
+from cloud.coordination import facts as f
+from cloud.coordination.rounds import Wait
+from cloud.record.registry import Registry
+from cloud.record.store import Store
 from federation.errors import ConfigError
 from tests.histories import REPORT, commit, content_of, plan_of, send, with_open_round
 

@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cloud.facts import (
+from cloud.coordination.facts import (
     LetterRefused,
     RoundClosed,
     RunEnded,

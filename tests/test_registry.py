@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud.registry import ManifestEntry, Registry
+from cloud.record.registry import ManifestEntry, Registry
 from federation.errors import StoreError
 
 
@@ -80,7 +80,7 @@ def test_a_killed_writer_leaves_no_half_model(tmp_path: Path) -> None:
     program = textwrap.dedent("""
         import os, sys
         from pathlib import Path
-        from cloud.registry import Registry
+        from cloud.record.registry import Registry
         registry = Registry(Path(sys.argv[1]))
         while True:
             print(registry.put(os.urandom(2_000_000)), flush=True)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud.rounds import OPEN, Attempt, Round, RoundPolicy
+from cloud.coordination.rounds import OPEN, Attempt, Round, RoundPolicy
 from federation.errors import ConfigError
 from federation.protocol.messages import Report
 

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from sqlalchemy import func, select
 
-from cloud import facts as f
-from cloud import tables as t
-from cloud.registry import Registry
-from cloud.store import Store
+from cloud.coordination import facts as f
+from cloud.record import tables as t
+from cloud.record.registry import Registry
+from cloud.record.store import Store
 from federation.errors import StoreError
 from federation.protocol.messages import Report
 from tests.histories import CHUNK, REPORT, UPDATE, commit, content_of, send, with_open_round

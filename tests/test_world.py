@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cloud.facts import (
+from cloud.coordination.facts import (
     AttemptChanged,
     DeviceBorn,
     PresenceChanged,

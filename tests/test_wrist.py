@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from federation.errors import DataError
-from simulations.datasets import DataSet, cache_folder, fetch, load
-from simulations.fetching import UnreachableError
-from simulations.wrist import HELD_OUT, WristFleet, scale_motion, wrist_fleet
+from simulations.data.datasets import DataSet, cache_folder, fetch, load
+from simulations.data.fetching import UnreachableError
+from simulations.demo.wrist import HELD_OUT, WristFleet, scale_motion, wrist_fleet
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 
 from sqlalchemy import Connection, select, update
 
-from cloud import queries, recording, restoring
-from cloud import tables as t
 from cloud.config import RunPlan
-from cloud.database import in_words, insert_once, open_database
-from cloud.events import bounded
-from cloud.facts import HubFact, HubMemory
-from cloud.queries import AttemptRow, DeviceRow, EventRow, RoundRow, RunStatus
-from cloud.registry import Registry
+from cloud.coordination.facts import HubFact, HubMemory
+from cloud.record import queries, recording, restoring
+from cloud.record import tables as t
+from cloud.record.database import in_words, insert_once, open_database
+from cloud.record.events import bounded
+from cloud.record.queries import AttemptRow, DeviceRow, EventRow, RoundRow, RunStatus
+from cloud.record.registry import Registry
 from federation.errors import ConfigError, StoreError
 
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import msgspec
 from sqlalchemy import Connection, Row, func, select
 
-from cloud import tables as t
 from cloud.config import RunPlan
-from cloud.registry import ManifestEntry
-from cloud.rounds import Wait
+from cloud.coordination.rounds import Wait
+from cloud.record import tables as t
+from cloud.record.registry import ManifestEntry
 from federation.errors import ConfigError
 from federation.protocol.messages import Capability, Report
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase
 
-from cloud.migrations import HEAD, revision_of, upgrade
+from cloud.record.migrations import HEAD, revision_of, upgrade
 from federation.errors import StoreError
 
 BUSY_S = 5.0

@@ -7,9 +7,9 @@ settled, and opens the next.
 
 from collections.abc import Callable
 
-from cloud.conductor import Conductor
 from cloud.config import RunPlan
-from cloud.facts import (
+from cloud.coordination.conductor import Conductor
+from cloud.coordination.facts import (
     DeviceBorn,
     HubFact,
     HubMemory,
@@ -18,10 +18,10 @@ from cloud.facts import (
     RunMemory,
     RunOpened,
 )
-from cloud.fleet import Fleet
-from cloud.intake import Intake
-from cloud.outbox import Outbox
-from cloud.run import CHUNK_BYTES, ActiveRun
+from cloud.coordination.fleet import Fleet
+from cloud.coordination.intake import Intake
+from cloud.coordination.outbox import Outbox
+from cloud.coordination.run import CHUNK_BYTES, ActiveRun
 from federation.errors import ProtocolError
 from federation.protocol import messages as m
 from federation.protocol.effects import Effect, Link

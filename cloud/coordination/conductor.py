@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-from cloud.facts import (
+from cloud.coordination.facts import (
     AttemptChanged,
     RoundAbandoned,
     RoundClosed,
@@ -16,10 +16,10 @@ from cloud.facts import (
     RunEnded,
     Waiting,
 )
-from cloud.fleet import Fleet
-from cloud.outbox import Outbox
-from cloud.rounds import OPEN, Attempt, Status, Wait
-from cloud.run import ActiveRun, attempt_id, parse_attempt
+from cloud.coordination.fleet import Fleet
+from cloud.coordination.outbox import Outbox
+from cloud.coordination.rounds import OPEN, Attempt, Status, Wait
+from cloud.coordination.run import ActiveRun, attempt_id, parse_attempt
 from federation.protocol import messages as m
 from optimizer.problem import Candidate, Selector
 

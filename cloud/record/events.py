@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from cloud import facts as f
+from cloud.coordination import facts as f
 from federation.protocol.messages import Capability
 
 MAX_REASON = 500

@@ -1,6 +1,6 @@
 """Collects the effects of one step of the hub, in the order in which they must happen."""
 
-from cloud.facts import HubFact, LetterRefused
+from cloud.coordination.facts import HubFact, LetterRefused
 from federation.protocol.effects import Effect, Record, Send, WakeAt
 from federation.protocol.messages import AnyLetter
 

@@ -6,12 +6,18 @@ from collections.abc import Iterable
 
 from sqlalchemy import Connection, Row, func, select
 
-from cloud import tables as t
 from cloud.config import RunPlan
-from cloud.facts import AcceptedMemory, DeviceMemory, HubMemory, RunMemory, UploadMemory
-from cloud.registry import Registry
-from cloud.rounds import Attempt
-from cloud.run import REMEMBERED_ROUNDS
+from cloud.coordination.facts import (
+    AcceptedMemory,
+    DeviceMemory,
+    HubMemory,
+    RunMemory,
+    UploadMemory,
+)
+from cloud.coordination.rounds import Attempt
+from cloud.coordination.run import REMEMBERED_ROUNDS
+from cloud.record import tables as t
+from cloud.record.registry import Registry
 from federation.errors import StoreError
 from federation.protocol.messages import Content, Release, Report, Verdict
 

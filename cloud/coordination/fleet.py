@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cloud.facts import DeviceMemory
+from cloud.coordination.facts import DeviceMemory
 from federation.protocol.messages import Birth, Capability, Presence
 
 AWAY = "away"

@@ -7,8 +7,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cloud.queries import DeviceRow, RoundRow, RunStatus
-from cloud.store import Store
+from cloud.record.queries import DeviceRow, RoundRow, RunStatus
+from cloud.record.store import Store
 
 _MARKS = {
     "received": "[green]done[/]",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from cloud.config import RunPlan
-from cloud.rounds import Attempt, Status
+from cloud.coordination.rounds import Attempt, Status
 from federation.protocol.messages import Capability, Content, Release, Report, Verdict
 
 

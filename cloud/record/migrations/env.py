@@ -9,7 +9,7 @@ from typing import Literal
 from alembic import context
 from sqlalchemy import Connection, create_engine
 
-from cloud.tables import Base, Document
+from cloud.record.tables import Base, Document
 
 
 def _render(kind: str, item: object, _context: object) -> str | Literal[False]:

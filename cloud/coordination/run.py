@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cloud.config import RunPlan
-from cloud.facts import RunMemory
-from cloud.rounds import Attempt, Round
+from cloud.coordination.facts import RunMemory
+from cloud.coordination.rounds import Attempt, Round
 from federation.learning.aggregation import staleness_weight
 from federation.learning.methods import method_named
 from federation.protocol import codec

@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from cloud.config import RunPlan
-from cloud.rounds import Status
+from cloud.coordination.rounds import Status
 from federation.protocol.messages import Capability, Report, Verdict
 
 Value = TypeVar("Value")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from federation.errors import DataError
-from simulations import conversion
-from simulations.fetching import Package, Registry
+from simulations.data import conversion
+from simulations.data.fetching import Package, Registry
 
 
 @dataclass(frozen=True)

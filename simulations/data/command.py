@@ -15,9 +15,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 from federation.errors import DataError
-from simulations.catalogue import CATALOGUE, Entry, find_entry
-from simulations.datasets import cache_folder, cached_file, fetch
-from simulations.fetching import Progress as OnProgress
+from simulations.data.catalogue import CATALOGUE, Entry, find_entry
+from simulations.data.datasets import cache_folder, cached_file, fetch
+from simulations.data.fetching import Progress as OnProgress
 
 app = typer.Typer(help="Bring real data sets into the cache.", no_args_is_help=True)
 

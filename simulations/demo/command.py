@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.live import Live
 
 from cloud.config import BrokerConfig
-from cloud.queries import RoundRow, RunStatus
-from cloud.store import Store
+from cloud.record.queries import RoundRow, RunStatus
+from cloud.record.store import Store
 from federation.errors import HeadwaterError
 from federation.protocol.clock import steady_clock
-from simulations import demo, demo_view
-from simulations.datasets import cache_folder, load
+from simulations.data.datasets import cache_folder, load
+from simulations.demo import script as demo
+from simulations.demo import view as demo_view
+from simulations.demo.wrist import PLAN, SPEC, wrist_fleet
 from simulations.processes import open_record
-from simulations.wrist import PLAN, SPEC, wrist_fleet
 
 PATIENCE_S = 600.0
 """The whole run is given up after this; it usually takes about a minute."""

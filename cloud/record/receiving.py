@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, Select, delete, func, insert, select, update
 
-from cloud import facts as f
-from cloud import tables as t
 from cloud.config import RunPlan
-from cloud.database import insert_into, insert_once
-from cloud.events import bounded
+from cloud.coordination import facts as f
+from cloud.record import tables as t
+from cloud.record.database import insert_into, insert_once
+from cloud.record.events import bounded
 from federation.errors import StoreError
 
 

@@ -4,16 +4,16 @@ The path of one update: `on_open` and `on_chunk` gather its bytes, `_complete` c
 against the model it was made from, and an accepted one is recorded before it is acknowledged.
 """
 
-from cloud import uploads as up
-from cloud.conductor import Conductor
-from cloud.facts import (
+from cloud.coordination import uploads as up
+from cloud.coordination.conductor import Conductor
+from cloud.coordination.facts import (
     ChunkStored,
     HubMemory,
     UpdateAccepted,
     UpdateRefused,
 )
-from cloud.outbox import Outbox
-from cloud.run import REMEMBERED_ROUNDS, Contribution, parse_attempt
+from cloud.coordination.outbox import Outbox
+from cloud.coordination.run import REMEMBERED_ROUNDS, Contribution, parse_attempt
 from federation.errors import CodecError, TransferError
 from federation.protocol import messages as m
 from federation.protocol.messages import Verdict

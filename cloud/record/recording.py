@@ -9,11 +9,11 @@ from typing import Any, assert_never
 
 from sqlalchemy import Connection, insert, select, update
 
-from cloud import facts as f
-from cloud import receiving
-from cloud import tables as t
-from cloud.database import insert_into, insert_once
-from cloud.events import bounded, bounded_capability, event_of
+from cloud.coordination import facts as f
+from cloud.record import receiving
+from cloud.record import tables as t
+from cloud.record.database import insert_into, insert_once
+from cloud.record.events import bounded, bounded_capability, event_of
 from federation.protocol.messages import Content
 
 MAX_EPOCH = 2**63 - 1

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cloud.facts import UploadMemory
+from cloud.coordination.facts import UploadMemory
 from federation.errors import CodecError, TransferError
 from federation.protocol import codec
 from federation.protocol.codec import Weights

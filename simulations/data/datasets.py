@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from federation.errors import DataError
-from simulations.archives import read_members
-from simulations.catalogue import Entry, find_entry
-from simulations.conversion import Arrays
-from simulations.fetching import Package, Progress, check_digest, obtain
+from simulations.data.archives import read_members
+from simulations.data.catalogue import Entry, find_entry
+from simulations.data.conversion import Arrays
+from simulations.data.fetching import Package, Progress, check_digest, obtain
 
 _LAYOUT = 2  # of the cached arrays; a new number makes every set be converted again
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from federation.errors import DataError
-from simulations.archives import read_idx, read_object_npy, unpickle_arrays
+from simulations.data.archives import read_idx, read_object_npy, unpickle_arrays
 
 Arrays = dict[str, npt.NDArray[Any]]
 Members = Mapping[str, bytes]

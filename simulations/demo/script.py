@@ -13,16 +13,16 @@ import msgspec
 import numpy as np
 
 from cloud.config import BrokerConfig, HubConfig, ModelChoice, ReleasePlan, RunPlan, TrainingPlan
-from cloud.queries import DeviceRow, RunStatus
-from cloud.rounds import RoundPolicy
-from cloud.store import Store
+from cloud.coordination.rounds import RoundPolicy
+from cloud.record.queries import DeviceRow, RunStatus
+from cloud.record.store import Store
 from edge_agent.config import AgentConfig, DataConfig, TrainingConfig
 from federation.errors import HeadwaterError
 from federation.learning.data import LocalData
 from federation.protocol.messages import LocalPlan, ModelSpec
+from simulations.demo.wrist import WristFleet
 from simulations.link import LinkProxy
 from simulations.processes import Process, agent_process, free_port, hub_process
-from simulations.wrist import WristFleet
 
 RUN = "wrists"
 

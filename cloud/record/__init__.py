@@ -1,0 +1,1 @@
+"""What the hub must not forget: the database, the model files, and what is asked of them."""

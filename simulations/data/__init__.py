@@ -1,0 +1,1 @@
+"""Real data sets, brought from packages and kept in a cache."""

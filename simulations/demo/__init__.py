@@ -1,0 +1,1 @@
+"""The demonstration: ten wrists as real processes, and what befalls them."""
