@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from cloud.config import RunPlan
 from cloud.coordination.run import CHUNK_BYTES
 from cloud.record.registry import Registry
@@ -13,7 +15,7 @@ from cloud.record.store import Store
 from federation.errors import HeadwaterError
 from federation.learning.data import LocalData, load_folder
 from federation.protocol import codec
-from federation.protocol.messages import ModelSpec, Release
+from federation.protocol.messages import Release
 from federation.protocol.transfer import content_of
 
 _log = logging.getLogger("headwater.hub")
@@ -41,6 +43,22 @@ def is_worth_releasing(plan: RunPlan, number: int, *, is_last: bool) -> bool:
     """Whether the plan wants this round's model exported: every so many rounds, and the last."""
     every = plan.release.every
     return every > 0 and (is_last or number % every == 0)
+
+
+def unappraised(plan: RunPlan, store: Store, registry: Registry) -> list[Closed]:
+    """The rounds of a run whose models nobody has measured, or released where that was due."""
+    closed = [row for row in store.rounds(plan.name) if row.model is not None]
+    released = {entry.round for entry in registry.manifest(plan.name) if entry.onnx}
+    found = []
+    for row in closed:
+        is_last = row.number >= plan.rounds
+        unmeasured = plan.evaluation is not None and not row.evaluations
+        due = is_worth_releasing(plan, row.number, is_last=is_last) and not any(
+            number >= row.number for number in released
+        )
+        if row.model is not None and (unmeasured or due):
+            found.append(Closed(plan, row.number, row.model, is_last=is_last))
+    return found
 
 
 class Appraiser:
@@ -78,25 +96,28 @@ class Appraiser:
     def _take(self, job: Closed) -> None:
         from federation.learning.evaluation import evaluate
 
-        data = self._evaluation_data(job.plan)
-        if data is None:
-            return
         weights = codec.decode(self._registry.read(job.digest))
-        spec = ModelSpec(name=job.plan.model.name, sizes=job.plan.model.sizes)
-        tally = evaluate(spec, weights, data)
-        self._store.record_evaluation(
-            job.plan.name, job.round, "held-out", tally.correct, tally.loss_sum, tally.samples
-        )
+        data = self._evaluation_data(job.plan)
+        if data is not None:
+            tally = evaluate(job.plan.model, weights, data)
+            self._store.record_evaluation(
+                job.plan.name, job.round, "held-out", tally.correct, tally.loss_sum, tally.samples
+            )
         if is_worth_releasing(job.plan, job.round, is_last=job.is_last):
-            self._export(job, spec, weights, data)
+            self._export(job, weights, data)
 
-    def _export(
-        self, job: Closed, spec: ModelSpec, weights: codec.Weights, data: LocalData
-    ) -> None:
+    def _export(self, job: Closed, weights: codec.Weights, data: LocalData | None) -> None:
         from federation.learning.export import export_onnx
+        from federation.learning.models import input_shape
 
+        if data is not None:
+            example = data.x[:16]
+        else:
+            # Without samples of the hub's own the parity check takes noise of the right shape.
+            shape = (16, *input_shape(job.plan.model))
+            example = np.random.default_rng(job.round).normal(size=shape).astype(np.float32)
         labels = job.plan.release.labels
-        onnx = export_onnx(spec, weights, example=data.x[:16], labels=labels)
+        onnx = export_onnx(job.plan.model, weights, example=example, labels=labels)
         content = content_of(onnx, CHUNK_BYTES)
         release = Release(run=job.plan.name, round=job.round, content=content, labels=labels)
         self._on_exported(Exported(release, onnx))

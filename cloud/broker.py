@@ -89,7 +89,7 @@ class Broker:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._has_spawned = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, name=f"{kind} keeper", daemon=True)
+        self._keeper: threading.Thread | None = None
 
     @property
     def url(self) -> str:
@@ -115,7 +115,8 @@ class Broker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._keeper.join()
+        if self._keeper is not None:
+            self._keeper.join()
 
     def __enter__(self) -> Self:
         return self
@@ -126,8 +127,18 @@ class Broker:
     def start(self) -> None:
         """Start the process; whether it answers shows later."""
         # Linux ends the child with the *thread* that started it, so that thread must stay.
+        self._has_spawned.clear()
+        self._keeper = threading.Thread(target=self._keep, name="broker keeper", daemon=True)
         self._keeper.start()
         self._has_spawned.wait()
+
+    def revive(self) -> bool:
+        """Start it again on the same port if it has ended by itself; whether it had."""
+        if self.is_alive():
+            return False
+        _log.warning("broker died, it is started again kind=%s port=%d", self.kind, self.port)
+        self.start()
+        return True
 
     def _keep(self) -> None:
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), str(self._lock_file)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
-from cloud.appraiser import Appraiser, Closed, Exported
+from cloud.appraiser import Appraiser, Closed, Exported, unappraised
 from cloud.config import HubConfig, RunPlan
 from cloud.coordination.coordinator import Coordinator
 from cloud.coordination.facts import HubFact, RoundClosed, RunEnded
@@ -32,6 +32,9 @@ from optimizer.problem import Selector
 
 POLL_S = 0.25
 """How often the hub looks for runs that operators ask for."""
+
+TEND_S = 2.0
+"""How often the hub sees whether the broker that it started lives."""
 
 MAX_BATCH = 256
 """At most this many letters share one transaction."""
@@ -59,6 +62,7 @@ class HubRunner:
         mailbox: MailboxConfig,
         *,
         select: Selector,
+        tend_broker: Callable[[], bool],
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
@@ -66,19 +70,19 @@ class HubRunner:
         self._config = config
         self._mailbox_config = mailbox
         self._select = select
+        self._tend_broker = tend_broker
         self._clock = clock
         self._rng = rng
         self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._registry = Registry(config.folder)
         self._store = Store(config.database_url)
-        self._epoch = self._store.next_epoch()
+        self._epoch = 0
         self._appraiser = Appraiser(self._store, self._registry, self._inbox.put)
         self._plans: dict[str, RunPlan] = {}
         self._is_stopping = False
 
     def run(self) -> None:
         """Run until `stop`; then tell the devices, so that they hold what they have."""
-        _log.info("hub begins epoch=%d folder=%s", self._epoch, self._config.folder)
         pause_s = RETRY_S[0]
         try:
             while not self._is_stopping:
@@ -111,6 +115,9 @@ class HubRunner:
             time.sleep(0.1)
 
     def _begin(self) -> None:
+        """Go on where the record ends, under an epoch of its own: devices then tell all again."""
+        self._epoch = self._store.next_epoch()
+        _log.info("hub begins epoch=%d folder=%s", self._epoch, self._config.folder)
         self._mailbox = Mailbox(
             self._mailbox_config,
             deliver=self._inbox.put,
@@ -122,20 +129,23 @@ class HubRunner:
         self._coordinator = Coordinator(
             memory, select=self._select, read_content=lru_cache(maxsize=4)(self._read_content)
         )
-        self._wake_at = self._poll_at = self._clock()
+        self._wake_at = self._poll_at = self._tend_at = self._clock()
         self._catch_up()
         self._perform(self._coordinator.start(self._clock()), [])
         self._mailbox.open()
 
     def _catch_up(self) -> None:
-        """Appraise the models that were closed when the hub went away before measuring them."""
-        run = self._coordinator.run
-        if run is None:
-            return
-        self._plans[run.plan.name] = run.plan
-        for row in self._store.rounds(run.plan.name):
-            if row.model is not None and not row.evaluations and self._registry.has(row.model):
-                self._appraiser.appraise(Closed(run.plan, row.number, row.model, is_last=False))
+        """Appraise what an earlier hub had not come to: of the run that is active, or was last."""
+        if self._coordinator.run is not None:
+            plan = self._coordinator.run.plan
+        else:
+            ended = [run for run in self._store.runs() if run.status != "requested"]
+            if not ended:
+                return
+            plan = ended[-1].plan
+        self._plans[plan.name] = plan
+        for closed in unappraised(plan, self._store, self._registry):
+            self._appraiser.appraise(closed)
 
     def _step(self) -> bool:
         """Wait for letters or the next look, and perform what follows; False at the end."""
@@ -155,6 +165,9 @@ class HubRunner:
         if now >= self._poll_at:
             self._poll_at = now + POLL_S
             effects += self._ask_operators(now)
+            if now >= self._tend_at:
+                self._tend_at = now + TEND_S
+                self._tend_broker()
         self._perform(effects, arrived)
         return True
 

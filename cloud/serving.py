@@ -27,13 +27,13 @@ def serving(
     """
     with ExitStack() as stack:
         handle = stack.enter_context(hold(config.folder))
-        url = config.broker.url
+        url, tend = config.broker.url, _leave_alone
         if not url:
             folder = config.folder / "broker"
             broker = stack.enter_context(
                 start_broker(config.broker.kind, folder, port=config.broker.port)
             )
-            url = broker.url
+            url, tend = broker.url, broker.revive
         mailbox = MailboxConfig(
             url=url,
             client_id=f"{config.namespace}-hub",
@@ -48,6 +48,12 @@ def serving(
             window=200,
             backoff_s=(0.2, 5.0),
         )
-        runner = HubRunner(config, mailbox, select=select_uniformly, clock=clock, rng=rng)
+        runner = HubRunner(
+            config, mailbox, select=select_uniformly, tend_broker=tend, clock=clock, rng=rng
+        )
         introduce(handle, Holder(pid=os.getpid(), broker=url, since=clock()))
         yield runner, url
+
+
+def _leave_alone() -> bool:
+    return False

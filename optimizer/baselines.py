@@ -21,6 +21,8 @@ def select_uniformly(
     return Selection(
         chosen=tuple(sorted(drawn)),
         excluded={
-            name: f"not drawn: {count} of {len(names)}" for name in names if name not in drawn
+            name: f"not drawn: the round asks {count} of the {len(names)} that are there"
+            for name in names
+            if name not in drawn
         },
     )

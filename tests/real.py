@@ -113,6 +113,7 @@ def real_fleet(
     shards: Mapping[str, LocalData],
     *,
     latencies_s: Mapping[str, float] | None = None,
+    infers: bool = False,
 ) -> Iterator[RealFleet]:
     """A fleet of processes over a broker of this kind; a link of its own for each latency."""
     port = free_port()
@@ -133,7 +134,7 @@ def real_fleet(
                 broker=f"mqtt://127.0.0.1:{links[name].port if name in links else port}",
                 folder=home / "journal",
                 keepalive_s=10,
-                infers=False,
+                infers=infers,
                 data=DataConfig(folder=home / "data"),
                 training=TrainingConfig(checkpoint_s=0.05),
             )

@@ -110,7 +110,9 @@ class Conductor:
         # Nobody was asked, so no round number is spent; the count keeps a run from waiting on.
         policy = run.plan.policy
         run.abandoned_in_a_row += 1
-        run.gathering_since = now
+        # However impatient the plan, gathering again takes at least a second.
+        run.gathering_since = now + max(policy.gather_s, 1.0) - policy.gather_s
+        self._waits_for = ("", 0, "")
         if run.abandoned_in_a_row > policy.max_abandoned:
             reason = f"{there} devices after {policy.gather_s:g} s, quorum is {policy.quorum}"
             self.end("failed", f"{reason}: {run.abandoned_in_a_row} times in a row", now)
