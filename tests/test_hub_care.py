@@ -58,8 +58,9 @@ def test_the_last_model_reaches_devices_though_the_hub_dies_at_the_end(tmp_path:
             found = find_release(folder)
             assert found is not None
             assert last.round == 2
-            assert Registry(fleet.hub_config.folder).read(last.onnx) == found.read_bytes()
-            assert Predictor(found).predict(data.x[:5]).shape == (5, 10)
+            _, onnx = found
+            assert Registry(fleet.hub_config.folder).read(last.onnx) == onnx.read_bytes()
+            assert Predictor(onnx).predict(data.x[:5]).shape == (5, 10)
 
 
 def _brokers() -> list[psutil.Process]:
