@@ -136,6 +136,11 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         method_named(self.method.name).settings(self.method.params)
         if self.rounds < 1:
             raise ConfigError(f"rounds is {self.rounds}; a run has at least one: correct it")
+        if self.policy.late == "keep" and not method_named(self.method.name).tolerates_stale:
+            raise ConfigError(
+                f'policy.late is "keep" and {self.method.name} tolerates no update of an older '
+                'model: say late = "drop", or choose a method that does, such as fedprox'
+            )
 
 
 def _check(name: str, field: str) -> None:

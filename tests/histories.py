@@ -4,7 +4,7 @@ import copy
 import hashlib
 from typing import Literal
 
-from cloud.config import ModelChoice, RunPlan
+from cloud.config import MethodChoice, ModelChoice, RunPlan
 from cloud.coordination import facts as f
 from cloud.coordination.rounds import Attempt, Round, RoundPolicy, Status
 from cloud.record.database import open_database
@@ -179,7 +179,13 @@ class History:
 
 def plan_of(name: str, late: str = "drop") -> RunPlan:
     policy = RoundPolicy(devices_per_round=2, late="keep" if late == "keep" else "drop")
-    return RunPlan(name=name, rounds=9, model=ModelChoice(name="mlp"), policy=policy)
+    return RunPlan(
+        name=name,
+        rounds=9,
+        model=ModelChoice(name="mlp"),
+        policy=policy,
+        method=MethodChoice(name="fedprox"),
+    )
 
 
 def with_open_round(

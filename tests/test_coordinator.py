@@ -13,6 +13,7 @@ from cloud.coordination.facts import (
     UpdateRefused,
     Waiting,
 )
+from federation.errors import ConfigError
 from federation.learning.aggregation import staleness_weight
 from federation.protocol import codec
 from federation.protocol import messages as m
@@ -69,10 +70,9 @@ def late_room(late, method):
     return room
 
 
-@pytest.mark.parametrize(("late", "method"), [("drop", "fedprox"), ("keep", "fedavg")])
-def test_a_late_update_is_dropped_where_policy_or_method_says_so(late, method):
-    """Without both the policy and the method, an update of a past round is too late."""
-    room = late_room(late, method)
+def test_a_late_update_is_dropped_where_the_policy_says_so():
+    """Unless the plan keeps late updates, an update of a past round is too late."""
+    room = late_room("drop", "fedprox")
 
     assert room.verdicts("c") == ["too-late"]
     (refused,) = room.of(UpdateRefused)
@@ -94,6 +94,61 @@ def test_a_late_update_that_is_kept_weighs_less_by_its_age():
     worth = staleness_weight(1)
     assert value(room.model()) == pytest.approx((1.0 + 1.0 + worth * 4.0) / (2.0 + worth))
     assert room.of(RoundClosed)[-1].devices == ("a", "b", "c")
+
+
+def test_a_plan_cannot_keep_late_updates_that_its_method_does_not_tolerate():
+    """Such a plan is refused, with what to write instead."""
+    with pytest.raises(ConfigError, match=r"fedavg tolerates no update .* fedprox"):
+        run_plan(2, method="fedavg", late="keep")
+
+
+def straggling_room(**policy):
+    """Three asked for two; c still trains in round 1 when round 2 is open."""
+    plan = run_plan(2, method="fedprox", over_selection=1.5, late="keep", **policy)
+    room = Room(plan)
+    room.born("a", "b", "c")
+    room.hear("c", m.TaskEvent(attempt="run_1_c", event="training"))
+    room.send("a", encoded(1.0))
+    room.send("b", encoded(1.0))
+    return room
+
+
+def test_a_straggler_has_more_time_than_its_round():
+    """Where late updates are kept, a device may take ten deadlines; else what remains."""
+    keeps = straggling_room(rounds=2, deadline_s=60.0)
+    drops = Room(run_plan(1, deadline_s=60.0))
+    drops.born("a")
+
+    assert keeps.told("c", m.Assignment)[0].deadline_s == 600.0
+    assert drops.told("a", m.Assignment)[0].deadline_s == 60.0
+
+
+def test_a_straggler_keeps_its_work_when_its_link_flaps():
+    """A birth that names a kept late attempt is welcomed with it, and the update counts."""
+    room = straggling_room(rounds=2)
+    room.lost("c")
+    room.born("c", working="run_1_c")
+
+    assert room.told("c", m.Welcome)[-1].open_attempts == ("run_1_c",)
+    assert "run_1_c" in room.hub.fleet.why_not("c")
+    room.send("c", encoded(4.0), number=1)
+    assert room.verdicts("c") == ["stored"]
+    room.born("c", working="run_1_c")
+    assert room.told("c", m.Welcome)[-1].open_attempts == ()
+    assert room.hub.fleet.why_not("c") == ""
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_the_end_of_a_run_calls_stragglers_off_too(rounds):
+    """When the last round closes or the operator stops, nobody trains on for nothing."""
+    room = straggling_room(rounds=rounds)
+    if rounds == 2:
+        assert room.told("c", m.Cancel) == []
+        room.do(room.hub.stop_run("run", room.now))
+
+    assert [letter.attempt for letter in room.told("c", m.Cancel)] == ["run_1_c"]
+    assert room.hub.run is None
+    assert room.hub.fleet.why_not("c") == ""
 
 
 def test_an_update_whose_round_closes_between_its_chunks_is_too_late():
@@ -218,6 +273,37 @@ def test_an_unanswered_assignment_is_sent_again_and_an_answered_one_is_not():
 
     assert len(room.told("a", m.Assignment)) == 1
     assert len(room.told("b", m.Assignment)) == 4
+
+
+def test_a_returning_device_whose_work_nobody_waits_for_is_asked_again():
+    """What its Welcome does not list is no task of it, so the next round has it."""
+    room = Room(run_plan(2, rounds=2, quorum=1, lost_grace_s=5.0, gather_s=1.0))
+    room.born("a", "b")
+    room.hear("a", m.TaskEvent(attempt="run_1_a", event="training"))
+    room.lost("a")
+    room.send("b", encoded(1.0))
+    room.wait(5.5)
+    assert len(room.of(RoundClosed)) == 1
+
+    room.born("a", working="run_1_a")
+
+    assert room.told("a", m.Welcome)[-1].open_attempts == ()
+    assert [letter.attempt for letter in room.told("a", m.Assignment)] == ["run_1_a", "run_2_a"]
+
+
+def test_an_assignment_made_at_a_birth_is_sent_again_too():
+    """Everybody had answered when it was made: it is repeated like any other."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+    for device in ("a", "b"):
+        room.hear(device, m.TaskEvent(attempt=f"run_1_{device}", event="accepted"))
+    room.wait(30.0)
+    room.lost("b")
+    room.born("b")
+
+    room.wait(55.0)
+
+    assert len(room.told("b", m.Assignment)) == 1 + 3
 
 
 def test_the_will_of_an_older_connection_does_not_make_a_device_lost():

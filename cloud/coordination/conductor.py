@@ -26,6 +26,10 @@ from optimizer.problem import Candidate, Selector
 RESEND_S = 10.0
 """How long an assignment may stay unanswered before it is sent again."""
 
+LATE_DEADLINES = 10
+"""Where late updates are kept, a device may take this many of the policy's deadlines: when the
+round is over is the hub's matter, and a straggler shall not give up before its update is old."""
+
 WAIT_RECORD_S = 1.0
 """A wait whose reason changes is written down at most this often."""
 
@@ -93,9 +97,9 @@ class Conductor:
                 at=now,
             )
         )
+        self._resend_at = float("inf")
         for entry in opened.attempts.values():
             self.assign(entry, now)
-        self._resend_at = now + RESEND_S
         return True
 
     def _are_enough(self, run: ActiveRun, there: int) -> bool:
@@ -159,23 +163,31 @@ class Conductor:
     def end(
         self, status: Literal["finished", "failed", "stopped"], reason: str, now: float
     ) -> None:
-        """End the active run."""
-        if self.run is not None:
-            self._outbox.note(
-                RunEnded(run=self.run.plan.name, status=status, reason=reason, at=now)
-            )
-            self.run = None
+        """End the active run and call everybody off: there is no later round to count in."""
+        run = self.run
+        if run is None:
+            return
+        told = f"the run is over: {reason}"
+        self.cancel_rest(told, now, everybody=True)
+        self._outbox.note(RunEnded(run=run.plan.name, status=status, reason=reason, at=now))
+        for device, entry in self._fleet.devices.items():
+            if entry.task is not None:
+                self._outbox.say(m.Cancel(attempt=entry.task, reason=told), device)
+                self.free(device, entry.task)
+        self.run = None
 
     def assign(self, entry: Attempt, now: float) -> None:
         """Ask a device to take its part in the open round."""
         run = self.run
         if run is None or run.round is None:
             return
-        assignment = run.assignment(entry, run.round.deadline - now)
+        late_s = LATE_DEADLINES * run.plan.policy.deadline_s
+        assignment = run.assignment(entry, late_s if run.keeps_late else run.round.deadline - now)
         if assignment.inline is not None:
             run.bytes_down += len(assignment.inline)
         self._fleet.devices[entry.device].task = entry.attempt
         self._outbox.say(assignment, entry.device)
+        self._resend_at = min(self._resend_at, now + RESEND_S)
 
     def resend(self, now: float) -> None:
         """Send assignments again that no device has answered: the first may have been lost."""
@@ -187,15 +199,15 @@ class Conductor:
         for entry in self.run.round.attempts.values():
             if entry.status == "assigned" and self._fleet.is_there(entry.device):
                 self.assign(entry, now)
-                self._resend_at = now + RESEND_S
 
-    def cancel_rest(self, reason: str, now: float) -> None:
-        """Call off what is still open, unless a late update may count: then let them finish."""
+    def cancel_rest(self, reason: str, now: float, *, everybody: bool = False) -> None:
+        """Call off what is still open, but not those whose late update may count: they finish."""
         run = self.run
         if run is None or run.round is None:
             return
+        spares = run.keeps_late and not everybody and run.number < run.plan.rounds
         for entry in run.round.missing(now):
-            if run.method_tolerates_late and entry.status != "assigned":
+            if spares and entry.status != "assigned":
                 continue
             self.mark(entry.attempt, "cancelled", reason, now)
             self._outbox.say(m.Cancel(attempt=entry.attempt, reason=reason), entry.device)
@@ -204,10 +216,9 @@ class Conductor:
         """The device's part in the open round, if it is still waited for; at most one."""
         if self.run is None or self.run.round is None:
             return []
-        waited_for = ("assigned", "accepted", "training", "lost")
         attempt = attempt_id(self.run.plan.name, self.run.number, device)
         entry = self.run.round.attempts.get(attempt)
-        return [entry] if entry is not None and entry.status in waited_for else []
+        return [entry] if entry is not None and entry.status in OPEN | {"lost"} else []
 
     def restart(self, now: float) -> None:
         """The hub has restarted: the devices of the open round are lost until heard of again."""
@@ -216,7 +227,7 @@ class Conductor:
             for entry in run.round.restart(now):
                 self._note_change(run.plan.name, run.number, entry, now)
 
-    def release(self, device: str, attempt: str) -> None:
+    def free(self, device: str, attempt: str) -> None:
         """This attempt is over for its device: it may be asked again."""
         entry = self._fleet.devices.get(device)
         if entry is not None and entry.task == attempt:
@@ -229,7 +240,7 @@ class Conductor:
             return
         run, number, device = parsed
         if status not in OPEN:
-            self.release(device, attempt)
+            self.free(device, attempt)
         opened = self.run.round if self.run is not None else None
         if opened is not None and opened.mark(attempt, status, reason, now):
             self._note_change(run, number, opened.attempts[attempt], now)

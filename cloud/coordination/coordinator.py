@@ -7,6 +7,8 @@ settled, and opens the next.
 
 from collections.abc import Callable
 
+import msgspec
+
 from cloud.config import RunPlan
 from cloud.coordination.conductor import Conductor
 from cloud.coordination.facts import (
@@ -115,14 +117,16 @@ class Coordinator:
     def stop_run(self, run: str, now: float) -> Effects:
         """End the active run before its time; the model of the last closed round stands."""
         if self.run is not None and self.run.plan.name == run:
-            self._conductor.cancel_rest("the run was stopped", now)
             self._conductor.end("stopped", "the operator stopped it", now)
         return self._finish(now)
 
     def on_released(self, release: m.Release, onnx: bytes, now: float) -> Effects:
         """A model was exported: record it and tell all devices."""
+        # Milliseconds, so that a hub with a new record goes on above those of its old one.
+        newest = max((known.serial for known in self._releases.values()), default=0)
+        release = msgspec.structs.replace(release, serial=max(round(now * 1000), newest + 1))
         self._releases[release.run] = release
-        self._outbox.note(Released(release=release, onnx=onnx, at=now))
+        self._outbox.note(Released(release=release, onnx=onnx, at=release.serial / 1000))
         self._outbox.say(release)
         return self._finish(now)
 
@@ -138,14 +142,19 @@ class Coordinator:
         fact = DeviceBorn(device=device, epoch=epoch, capability=birth.capability, at=now)
         self._outbox.note(fact)
         mine = self._conductor.open_attempts(device)
+        listed = [entry.attempt for entry in mine]
+        working = birth.working
+        if working is not None and self._intake.awaits(device, working):
+            # What the Welcome does not list, the device drops: then it is no task of it.
+            self.fleet.devices[device].task = working
+            listed += [working] if working not in listed else []
         for entry in mine:
             if entry.attempt == birth.working or entry.attempt in birth.finished:
                 self._conductor.mark(entry.attempt, "accepted", "", now)
             else:
                 self._conductor.mark(entry.attempt, "assigned", "", now)
                 self._conductor.assign(entry, now)
-        welcome = m.Welcome(open_attempts=tuple(entry.attempt for entry in mine))
-        self._outbox.say(welcome, device)
+        self._outbox.say(m.Welcome(open_attempts=tuple(listed)), device)
 
     def _on_presence(self, device: str, epoch: int, presence: m.Presence, now: float) -> None:
         if not self.fleet.present(device, epoch, presence):

@@ -38,9 +38,9 @@ class Fleet:
         """A birth; it is believed whatever its epoch.
 
         A device that lost its storage may begin to count anew, and only a device that is there
-        says its birth.
+        says its birth. What it works on is its task only where the hub still waits for that.
         """
-        self.devices[device] = Device(epoch, "ready", birth.capability, birth.working)
+        self.devices[device] = Device(epoch, "ready", birth.capability)
 
     def present(self, device: str, epoch: int, presence: Presence) -> bool:
         """A change of presence; False where it is void or changes nothing."""

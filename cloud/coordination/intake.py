@@ -107,7 +107,7 @@ class Intake:
         run.contribute(Contribution(attempt, device, number, update, upload.report))
         if run.round is not None and attempt in run.round.attempts:
             run.round.receive(attempt, upload.report)
-        self._conductor.release(device, attempt)
+        self._conductor.free(device, attempt)
         self._uploads.forget(attempt)
         self._settle(attempt, "stored")
         self._outbox.note(
@@ -137,6 +137,12 @@ class Intake:
         self._acknowledge(device, attempt, digest, verdict, reason)
         return True
 
+    def awaits(self, device: str, attempt: str) -> bool:
+        """Whether this device's update may still count, in its own round or a later one."""
+        parsed = parse_attempt(attempt)
+        is_own = parsed is not None and parsed[2] == device
+        return is_own and self._standing(attempt)[0] == "open"
+
     def _standing(self, attempt: str) -> tuple[Verdict, str]:
         """What an update of this attempt may expect: to be taken, or a verdict at once."""
         if attempt in self._settled:
@@ -149,7 +155,7 @@ class Intake:
             return "open", ""
         if not run.was_asked(parsed[1], parsed[2]):
             return "rejected", f"{parsed[2]} was not asked in round {parsed[1]}, or long ago"
-        if run.method_tolerates_late:
+        if run.keeps_late:
             return "open", ""
         return "too-late", f"round {parsed[1]} is over; round {run.number} is the newest"
 
@@ -176,7 +182,7 @@ class Intake:
     def _refuse(
         self, device: str, attempt: str, digest: str, verdict: Verdict, reason: str, now: float
     ) -> None:
-        self._conductor.release(device, attempt)
+        self._conductor.free(device, attempt)
         self._uploads.forget(attempt)
         self._settle(attempt, verdict)
         self._outbox.note(

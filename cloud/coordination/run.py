@@ -85,10 +85,9 @@ class ActiveRun:
         return device in self._asked.get(number, ())
 
     @property
-    def method_tolerates_late(self) -> bool:
+    def keeps_late(self) -> bool:
         """Whether an update of a round that is over may still count."""
-        keeps = self.plan.policy.late == "keep"
-        return keeps and method_named(self.plan.method.name).tolerates_stale
+        return self.plan.policy.late == "keep"
 
     def rng(self) -> np.random.Generator:
         """The generator that chooses devices for the round to come."""
