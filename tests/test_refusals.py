@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from cloud.coordination.facts import (
+    AttemptChanged,
+    DeviceBorn,
     LetterRefused,
+    PresenceChanged,
     RoundClosed,
     RunEnded,
     UpdateAccepted,
@@ -146,7 +149,7 @@ def test_letters_that_are_not_for_the_hub_or_not_readable_are_recorded():
     room.born("a")
 
     room.hear("a", m.Welcome())
-    room.do(room.hub.on_unreadable("fl/1/x", ProtocolError("letter has version 9"), room.now))
+    room.do(room.hub.on_unreadable("a", ProtocolError("letter has version 9"), room.now))
 
     assert [fact.reason for fact in room.of(LetterRefused)] == [
         "Welcome is not a letter for the hub",
@@ -154,6 +157,58 @@ def test_letters_that_are_not_for_the_hub_or_not_readable_are_recorded():
     ]
     room.send("a", encoded(2.0))
     assert room.of(RunEnded)[0].status == "finished"
+
+
+def test_updates_of_invented_runs_are_answered_and_fill_no_record():
+    """A thousand names that nobody asked for leave a bounded number of refusals, no more."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+
+    for number in range(1000):
+        room.send("a", encoded(1.0), attempt=f"other{number}_1_a")
+        room.send("a", encoded(1.0), attempt=f"run_{number + 2}_a")
+
+    assert room.verdicts("a") == ["too-late", "rejected"] * 1000
+    assert room.of(UpdateRefused) == []
+    assert len(room.of(LetterRefused)) == 20
+
+
+def test_a_device_that_toggles_fills_no_record():
+    """Births, presences and events without end: each is answered, few are recorded."""
+    room = Room(run_plan(2))
+    room.born("a", "b")
+
+    for number in range(500):
+        room.hear("a", m.TaskEvent(attempt="run_1_a", event=("cancelled", "training")[number % 2]))
+        room.lost("a")
+        room.born("a", working="run_1_a")
+
+    assert len([fact for fact in room.of(AttemptChanged) if fact.device == "a"]) == 20
+    assert len([f for f in room.of(DeviceBorn) + room.of(PresenceChanged) if f.device == "a"]) == 60
+    assert len(room.told("a", m.Welcome)) == 501
+    room.send("a", encoded(1.0))
+    room.send("b", encoded(1.0))
+    assert room.of(RunEnded)[0].status == "finished"
+
+
+def test_a_request_for_a_model_is_served_within_bounds():
+    """The same chunk twice, chunks too small or too large, and too many: none is served."""
+    model = codec.encode({"classifier.weight": np.ones((1_500_000,), np.float32)})
+    room = Room(run_plan(1), model)
+    room.born("a")
+
+    def served(chunk_bytes, wanted):
+        content = msgspec.structs.replace(content_of(model, 65536), chunk_bytes=chunk_bytes)
+        room.said.clear()
+        room.hear("a", m.BlobRequest(content=content, wanted=wanted))
+        return [letter.index for letter in room.told("a", m.BlobChunk)]
+
+    assert served(65536, (3, 3, -1, 2, 10**9, 3)) == [3, 2]
+    assert served(1024, tuple(range(1000))) == list(range(64))
+    assert served(256 * 1024, tuple(range(20))) == list(range(16))
+    for chunk_bytes in (0, 1023, 256 * 1024 + 1):
+        assert served(chunk_bytes, (0,)) == []
+        assert len(room.told("a", m.BlobGone)) == 1
 
 
 def test_a_stranger_is_asked_for_its_birth():

@@ -4,6 +4,7 @@
 to do, and why.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -30,6 +31,9 @@ LATE_DEADLINES = 10
 """Where late updates are kept, a device may take this many of the policy's deadlines: when the
 round is over is the hub's matter, and a straggler shall not give up before its update is old."""
 
+MAX_CHANGES = 20
+"""So many changes of one attempt are recorded; a device that toggles on fills no record."""
+
 WAIT_RECORD_S = 1.0
 """A wait whose reason changes is written down at most this often."""
 
@@ -47,6 +51,7 @@ class Conductor:
         self._waits_for: tuple[str, int, str] = ("", 0, "")
         self._told, self._told_at = "", 0.0
         self._resend_at = float("inf")
+        self._changes: Counter[str] = Counter()
 
     def advance(self, now: float) -> float:
         """Close, abandon and open rounds until there is something to wait for: until when."""
@@ -98,6 +103,7 @@ class Conductor:
             )
         )
         self._resend_at = float("inf")
+        self._changes.clear()
         for entry in opened.attempts.values():
             self.assign(entry, now)
         return True
@@ -246,6 +252,9 @@ class Conductor:
             self._note_change(run, number, opened.attempts[attempt], now)
 
     def _note_change(self, run: str, number: int, entry: Attempt, now: float) -> None:
+        self._changes[entry.attempt] += 1
+        if self._changes[entry.attempt] > MAX_CHANGES:
+            return
         self._outbox.note(
             AttemptChanged(
                 run=run,

@@ -6,6 +6,7 @@ settled, and opens the next.
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 import msgspec
 
@@ -27,13 +28,19 @@ from cloud.coordination.run import CHUNK_BYTES, ActiveRun
 from federation.errors import ProtocolError
 from federation.protocol import messages as m
 from federation.protocol.effects import Effect, Link
-from federation.protocol.transfer import content_of, cut
+from federation.protocol.transfer import LARGEST_CHUNK_BYTES, content_of, cut
 from optimizer.problem import Selector
 
 Effects = list[Effect[HubFact]]
 
 MAX_WANTED = 64
 """At most this many chunks are served for one request."""
+
+MAX_SERVED_BYTES = 4 * 1024 * 1024
+"""At most this many bytes are served for one request; the device asks again for the rest."""
+
+SMALLEST_SERVED_BYTES = 1024
+"""Smaller chunks are not served: each costs the hub and the broker a letter."""
 
 
 class Coordinator:
@@ -130,9 +137,9 @@ class Coordinator:
         self._outbox.say(release)
         return self._finish(now)
 
-    def on_unreadable(self, sender: str, error: ProtocolError, now: float) -> Effects:
-        """A letter could not even be read: record that, go on."""
-        self._outbox.refuse(sender, str(error), now)
+    def on_unreadable(self, device: str, error: ProtocolError, now: float) -> Effects:
+        """A letter on this device's branch could not even be read: record that, go on."""
+        self._outbox.refuse(device, str(error), now)
         return self._finish(now)
 
     # Devices come and go, and fetch models ------------------------------------------------
@@ -140,7 +147,7 @@ class Coordinator:
     def _on_birth(self, device: str, epoch: int, birth: m.Birth, now: float) -> None:
         self.fleet.born(device, epoch, birth)
         fact = DeviceBorn(device=device, epoch=epoch, capability=birth.capability, at=now)
-        self._outbox.note(fact)
+        self._outbox.note_of(device, fact, now)
         mine = self._conductor.open_attempts(device)
         listed = [entry.attempt for entry in mine]
         working = birth.working
@@ -160,7 +167,7 @@ class Coordinator:
         if not self.fleet.present(device, epoch, presence):
             return
         fact = PresenceChanged(device=device, epoch=epoch, state=presence.state, at=now)
-        self._outbox.note(fact)
+        self._outbox.note_of(device, fact, now)
         if presence.state != "ready":
             for entry in self._conductor.open_attempts(device):
                 reason = self.fleet.why_not(device)
@@ -170,17 +177,19 @@ class Coordinator:
         content, run = request.content, self.run
         data = run.model if run is not None and run.content.digest == content.digest else None
         data = data if data is not None else self._read_content(content.digest)
-        if data is None or len(data) != content.size or content.chunk_bytes < 1024:
+        is_cut_well = SMALLEST_SERVED_BYTES <= content.chunk_bytes <= LARGEST_CHUNK_BYTES
+        if data is None or len(data) != content.size or not is_cut_well:
             reason = "the hub has no such content: the run that needed it may be over"
             self._outbox.say(m.BlobGone(digest=content.digest, reason=reason), device)
             return
-        for index in request.wanted[:MAX_WANTED]:
-            if 0 <= index < content.chunks:
-                crc32, chunk = cut(data, content, index)
-                letter = m.BlobChunk(digest=content.digest, index=index, crc32=crc32, data=chunk)
-                self._outbox.say(letter, device)
-                if run is not None:
-                    run.bytes_down += len(chunk)
+        wanted = dict.fromkeys(index for index in request.wanted if 0 <= index < content.chunks)
+        most = min(MAX_WANTED, MAX_SERVED_BYTES // content.chunk_bytes)
+        for index in islice(wanted, most):
+            crc32, chunk = cut(data, content, index)
+            letter = m.BlobChunk(digest=content.digest, index=index, crc32=crc32, data=chunk)
+            self._outbox.say(letter, device)
+            if run is not None:
+                run.bytes_down += len(chunk)
 
     def _finish(self, now: float) -> Effects:
         return self._outbox.take(self._conductor.advance(now))

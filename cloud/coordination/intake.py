@@ -129,10 +129,12 @@ class Intake:
         verdict, reason = self._standing(attempt)
         if verdict == "open":
             return False
-        if verdict == "too-late" and attempt not in self._settled:
+        if verdict == "too-late" and attempt not in self._settled and self._is_of_run(attempt):
             self._refuse(device, attempt, digest, verdict, reason, now)
             return True
         if attempt not in self._settled:
+            # Nothing is kept of an invented name but a bounded number of refusals.
+            self._conductor.free(device, attempt)
             self._outbox.refuse(device, reason, now)
         self._acknowledge(device, attempt, digest, verdict, reason)
         return True
@@ -149,8 +151,8 @@ class Intake:
             verdict = self._settled[attempt]
             return ("duplicate", "stored already") if verdict == "stored" else (verdict, "")
         run, parsed = self._conductor.run, parse_attempt(attempt)
-        if run is None or parsed is None or parsed[0] != run.plan.name:
-            return "too-late", "its run is over"
+        if run is None or parsed is None or not self._is_of_run(attempt):
+            return "too-late", "its run is over, or there was none of this name"
         if run.round is not None and attempt in run.round.attempts:
             return "open", ""
         if not run.was_asked(parsed[1], parsed[2]):
@@ -158,6 +160,11 @@ class Intake:
         if run.keeps_late:
             return "open", ""
         return "too-late", f"round {parsed[1]} is over; round {run.number} is the newest"
+
+    def _is_of_run(self, attempt: str) -> bool:
+        """Whether the attempt names the active run; any other name may be an invention."""
+        run, parsed = self._conductor.run, parse_attempt(attempt)
+        return run is not None and parsed is not None and parsed[0] == run.plan.name
 
     def _settle(self, attempt: str, verdict: Verdict) -> None:
         """Remember a verdict for a while, so that an update that comes again hears it."""

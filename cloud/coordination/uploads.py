@@ -10,7 +10,7 @@ from federation.errors import CodecError, TransferError
 from federation.protocol import codec
 from federation.protocol.codec import Weights
 from federation.protocol.messages import Content, LocalPlan, Report, UpdateChunk, UpdateOpen
-from federation.protocol.transfer import Incoming
+from federation.protocol.transfer import Incoming, check_content
 
 MAX_RESTARTS = 3
 """How often a content whose digest does not hold is asked for again before it is refused."""
@@ -89,18 +89,13 @@ def check_announced(letter: UpdateOpen, largest_bytes: int) -> None:
     """Refuse an update by what its opening letter says, before a byte of it is taken.
 
     Raises:
-        TransferError: larger than an update of this model can be, chunks out of range, or a
+        TransferError: as `check_content`; larger than an update of this model can be, or a
             report whose numbers cannot weigh anything.
     """
-    content, report = letter.content, letter.report
+    content, report = check_content(letter.content), letter.report
     if not 0 < content.size <= largest_bytes:
         raise TransferError(
             f"update of {content.size} bytes; one of this model has between 1 and {largest_bytes}"
-        )
-    if not 1 <= content.chunk_bytes <= 256 * 1024 or content.chunks > 65536:
-        raise TransferError(
-            f"chunks of {content.chunk_bytes} bytes; they have between 1 and 262144, "
-            "and a content at most 65536 of them"
         )
     if not 1 <= report.samples <= 2**40:
         raise TransferError(f"report of {report.samples} samples; an update has at least 1")
