@@ -17,6 +17,7 @@ from federation.errors import ConfigError
 from federation.learning.aggregation import staleness_weight
 from federation.protocol import codec
 from federation.protocol import messages as m
+from federation.protocol.effects import Link
 from federation.protocol.transfer import content_of
 from tests.rooms import Room, chunks, encoded, run_plan, value
 from tests.simulated import on_disk
@@ -242,6 +243,28 @@ def test_rounds_without_a_quorum_are_abandoned_and_at_last_the_run():
     assert second.round == 2
     assert room.of(RunEnded)[0].status == "failed"
     assert room.of(RoundClosed) == []
+
+
+def test_without_its_own_link_the_hub_opens_no_round_and_does_not_fail():
+    """The open round ends by its rule; then the run waits for the link, and says so anew."""
+    room = Room(run_plan(2, rounds=2, deadline_s=30.0, gather_s=20.0, max_abandoned=0))
+    room.born("a", "b")
+    room.do(room.hub.on_link(Link(is_up=False, epoch=1, reason="no route"), room.now))
+
+    room.wait(75.0)
+
+    assert [fact.at for fact in room.of(RoundAbandoned)] == [30.0]
+    waits = [fact for fact in room.of(Waiting) if fact.name == "link"]
+    assert [(fact.at, fact.until) for fact in waits] == [(30.0, 50.0), (50.0, 70.0), (70.0, 90.0)]
+    assert waits[0].reason == "the hub's link is down: no route"
+    room.lost("a")
+    room.do(room.hub.on_link(Link(is_up=True, epoch=1), room.now))
+    assert room.of(Waiting)[-1].until == 95.0
+    room.wait(80.0)
+    room.born("a")
+    room.send("a", encoded(1.0), number=2)
+    room.send("b", encoded(3.0), number=2)
+    assert room.of(RunEnded)[0].status == "finished"
 
 
 def test_who_was_not_asked_is_recorded_with_the_reason():

@@ -22,6 +22,7 @@ from cloud.coordination.outbox import Outbox
 from cloud.coordination.rounds import OPEN, Attempt, Status, Wait
 from cloud.coordination.run import ActiveRun, attempt_id, parse_attempt
 from federation.protocol import messages as m
+from federation.protocol.effects import Link
 from optimizer.problem import Candidate, Selector
 
 RESEND_S = 10.0
@@ -52,6 +53,7 @@ class Conductor:
         self._told, self._told_at = "", 0.0
         self._resend_at = float("inf")
         self._changes: Counter[str] = Counter()
+        self._no_link, self._no_link_until = "not connected to the broker yet", float("-inf")
 
     def advance(self, now: float) -> float:
         """Close, abandon and open rounds until there is something to wait for: until when."""
@@ -59,6 +61,8 @@ class Conductor:
             if run.round is None:
                 if run.number >= run.plan.rounds:
                     self.end("finished", f"all {run.plan.rounds} rounds are done", now)
+                elif self._no_link:
+                    return self._wait_for_link(run, now)
                 elif not self._open_round(run, now) and self.run is run:
                     return self._wait_for_devices(run, now)
                 continue
@@ -72,6 +76,13 @@ class Conductor:
             else:
                 self._abandon_round(run, now)
         return float("inf")
+
+    def on_link(self, link: Link) -> None:
+        """The hub's own link came up or died; gathering begins anew when it is up again."""
+        if link.is_up and self._no_link and self.run is not None:
+            self.run.gathering_since = None
+        self._no_link = "" if link.is_up else f"the hub's link is down: {link.reason or 'lost'}"
+        self._no_link_until = float("-inf")
 
     def _open_round(self, run: ActiveRun, now: float) -> bool:
         """Open the next round if enough devices are there, or the wait for them is over."""
@@ -138,6 +149,14 @@ class Conductor:
 
         return min(until, self._note_wait("devices", describe, now))
 
+    def _wait_for_link(self, run: ActiveRun, now: float) -> float:
+        """Wait for the hub's own link, and say so anew whenever the time told has passed."""
+        if now >= self._no_link_until:
+            self._no_link_until = now + max(run.plan.policy.gather_s, 1.0)
+            self._waits_for = ("", 0, "")
+        wait = Wait("link", self._no_link, self._no_link_until)
+        return min(self._no_link_until, self._note_wait("link", lambda _: wait, now))
+
     def _close_round(self, run: ActiveRun, now: float) -> None:
         self.cancel_rest(f"round {run.number} has closed", now)
         devices, report = run.contributors, run.report()
@@ -163,7 +182,8 @@ class Conductor:
         self._outbox.note(
             RoundAbandoned(run=run.plan.name, round=run.number, reason=reason, at=now)
         )
-        if run.abandoned_in_a_row > run.plan.policy.max_abandoned:
+        # Without its link the hub could hear nobody: that alone fails no run.
+        if run.abandoned_in_a_row > run.plan.policy.max_abandoned and not self._no_link:
             self.end("failed", f"{run.abandoned_in_a_row} rounds in a row: {reason}", now)
 
     def end(

@@ -74,7 +74,11 @@ class Coordinator:
         return self._finish(now)
 
     def on_link(self, link: Link, now: float) -> Effects:
-        """The link came up: say that the hub is there. Devices answer with their births."""
+        """The link came up: say that the hub is there. Devices answer with their births.
+
+        While it is down no round opens, since nobody can be asked.
+        """
+        self._conductor.on_link(link)
         if link.is_up:
             self._outbox.say(m.HubState(online=True))
             for release in self._releases.values():

@@ -84,7 +84,7 @@ class RoundPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Wait:
     """Why nothing happens now: a name, a reason for people, and until when at the latest."""
 
-    name: Literal["devices", "updates", "nothing"]
+    name: Literal["devices", "updates", "link", "nothing"]
     reason: str
     until: float
 
