@@ -5,6 +5,7 @@ from (`Train`), and what comes back (`on_trained`) is kept and uploaded until th
 acknowledgement lets go of it (`_on_ack`).
 """
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from federation.protocol.effects import (
     Trained,
     WakeAt,
 )
+from federation.protocol.transfer import check_content
 
 Effects = list[Effect[AgentFact]]
 
@@ -91,9 +93,11 @@ class Agent:
             # The power may have gone between taking a release in and letting its chunks go.
             self._drop_content(self.release.content.digest)
         self._heartbeat_at = now + self._settings.heartbeat_s
-        if self.assignment is not None and self._outgoing.holds(self.assignment.attempt):
-            # The power failed after the update was kept and before the task was forgotten.
-            self._forget_assignment(self.assignment)
+        kept = self.assignment
+        if kept is not None and (self._outgoing.holds(kept.attempt) or self._objection(kept)):
+            # The power failed after the update was kept and before the task was forgotten;
+            # or the device was set up anew and no longer takes such a task.
+            self._forget_assignment(kept)
         if self.assignment is not None:
             # How long the device was away is not known; the hub will call it off if too long.
             self._deadline = now + self.assignment.deadline_s
@@ -197,24 +201,39 @@ class Agent:
     def _on_welcome(self, letter: m.Welcome) -> None:
         in_hand = self.assignment
         if in_hand is not None and in_hand.attempt not in letter.open_attempts:
-            self._abandon(in_hand.attempt, "")
+            # Said aloud: a hub that thinks this device busy gives it nothing else.
+            self._abandon(in_hand.attempt, "the hub no longer waits for it")
 
     def _on_assignment(self, letter: m.Assignment, now: float) -> None:
         in_hand = self.assignment is not None and self.assignment.attempt == letter.attempt
         if in_hand or self._outgoing.holds(letter.attempt):
             self._event(letter.attempt, "accepted")
             return
-        if not self._capability.trains:
-            self._event(letter.attempt, "declined", "this device does not train, it only infers")
+        objection = self._objection(letter)
+        if objection:
+            self._event(letter.attempt, "declined", objection)
             return
         if self.assignment is not None:
-            # The hub gives one task at a time: it no longer waits for the one in hand.
-            self._abandon(self.assignment.attempt, "")
+            self._abandon(self.assignment.attempt, "another assignment came after it")
         self.assignment = letter
         self._deadline = now + letter.deadline_s
         self._note(AssignmentKept(letter))
+        for digest in self._fetching.set_aside - {letter.base.digest}:
+            self._drop_content(digest)
         self._event(letter.attempt, "accepted")
         self._fetch(letter)
+
+    def _objection(self, letter: m.Assignment) -> str:
+        """Why this device cannot take an assignment; empty where it can."""
+        if not self._capability.trains:
+            return "this device does not train, it only infers"
+        if not (math.isfinite(letter.deadline_s) and letter.deadline_s >= 0.0):
+            return f"the deadline is in {letter.deadline_s} s; expected seconds from 0 on"
+        try:
+            check_content(letter.base)
+        except TransferError as error:
+            return str(error)
+        return ""
 
     def _on_ack(self, letter: m.UpdateAck, now: float) -> None:
         if letter.verdict == "open":
@@ -226,12 +245,7 @@ class Agent:
 
     def _fetch(self, assignment: m.Assignment) -> None:
         """Train at once if the base is here, else begin or go on fetching it."""
-        try:
-            base = assignment.inline or self._fetching.begin(assignment.base)
-        except TransferError as error:
-            self._event(assignment.attempt, "failed", str(error))
-            self._forget_assignment(assignment)
-            return
+        base = assignment.inline or self._fetching.begin(assignment.base)
         if base is not None:
             self._train(assignment, base)
 
@@ -247,31 +261,42 @@ class Agent:
             return
         if self.assignment is not None and self.assignment.base.digest == letter.digest:
             self._train(self.assignment, data)
-        elif self._wanted is not None and self._wanted.content.digest == letter.digest:
+        if self._wanted is not None and self._wanted.content.digest == letter.digest:
             self._install(self._wanted, data)
 
     def _on_gone(self, letter: m.BlobGone) -> None:
+        if not self._fetching.is_under_way(letter.digest):
+            return
         self._drop_content(letter.digest)
+        if self._wanted is not None and self._wanted.content.digest == letter.digest:
+            self._wanted = None
         if self.assignment is not None and self.assignment.base.digest == letter.digest:
             self._abandon(self.assignment.attempt, letter.reason)
 
     def _on_release(self, letter: m.Release) -> None:
-        if not self._capability.infers or letter in (self.release, self._wanted):
+        newest = self._wanted or self.release
+        is_new = newest is None or letter.serial > newest.serial
+        if not self._capability.infers or not is_new:
             return
         try:
-            data = self._fetching.begin(letter.content)
+            check_content(letter.content)
         except TransferError:
             return  # The hub names a content that cannot be: there is nothing to fetch.
-        if self._wanted is not None:
-            self._drop_content(self._wanted.content.digest)
-        self._wanted = letter
+        superseded, self._wanted = self._wanted, letter
+        digest = letter.content.digest
+        if superseded is not None and superseded.content.digest != digest:
+            self._drop_content(superseded.content.digest)
+        if self.release is not None and self.release.content.digest == digest:
+            self.release, self._wanted = letter, None  # The same model: only its number is new.
+            return
+        data = self._fetching.begin(letter.content)
         if data is not None:
             self._install(letter, data)
 
     def _install(self, release: m.Release, data: bytes) -> None:
         self.release, self._wanted = release, None
         self._note(ReleaseKept(release, data))
-        self._note(ContentForgotten(release.content.digest))
+        self._drop_content(release.content.digest)
 
     # Small matters ------------------------------------------------------------------------
 
@@ -292,9 +317,8 @@ class Agent:
     def _forget_assignment(self, assignment: m.Assignment) -> None:
         self.assignment, self.progress = None, 0.0
         self._deadline = float("inf")
-        # The content goes first: if the power fails between the two, none of it is left behind.
-        if assignment.inline is None:
-            self._drop_content(assignment.base.digest)
+        # The next round may begin from the same base, as after a cancel: it stays until then.
+        self._fetching.suspend(assignment.base.digest)
         self._note(AssignmentForgotten(assignment.attempt))
 
     def _drop_content(self, digest: str) -> None:

@@ -5,17 +5,28 @@ from collections.abc import Iterator, Mapping
 from edge_agent.facts import AgentFact, ChunkKept, ContentForgotten
 from federation.errors import TransferError
 from federation.protocol.messages import BlobChunk, BlobRequest, Content
-from federation.protocol.transfer import DEFAULT_CHUNK_BYTES, Download, Incoming, chunk_size
+from federation.protocol.transfer import (
+    DEFAULT_CHUNK_BYTES,
+    MAX_CHUNKS,
+    Download,
+    Incoming,
+    check_content,
+    chunk_size,
+)
 
 
 class Fetching:
-    """The downloads under way, by digest. `parts` is what the journal gave back."""
+    """The downloads under way, by digest, and what is set aside until it is asked for again.
+
+    `parts` is what the journal gave back: set aside, too.
+    """
 
     def __init__(self, parts: Mapping[str, Mapping[int, bytes]], timeout_s: float) -> None:
         self._parts = dict(parts)
         self._timeout_s = timeout_s
         self._largest_chunk = DEFAULT_CHUNK_BYTES
         self._downloads: dict[str, Download] = {}
+        self._suspended: dict[str, Incoming] = {}
 
     @property
     def wakes(self) -> list[float]:
@@ -23,25 +34,40 @@ class Fetching:
         wakes = [download.wake_at for download in self._downloads.values()]
         return [wake for wake in wakes if wake is not None]
 
+    @property
+    def set_aside(self) -> set[str]:
+        """The digests of contents that are here, whole or in part, and not under way."""
+        return self._parts.keys() | self._suspended.keys()
+
+    def is_under_way(self, digest: str) -> bool:
+        """Whether chunks of this content are awaited."""
+        return digest in self._downloads
+
     def begin(self, content: Content) -> bytes | None:
         """Begin or go on; the whole content where nothing of it is missing.
 
         Raises:
             TransferError: the content is not one that can be transferred.
         """
-        parts = self._parts.pop(content.digest, {})
-        incoming = Incoming(content, parts)
-        if parts and not any(incoming.received):
-            # A broker that takes only smaller letters had it cut finer than the hub named it.
-            incoming = Incoming(_cut_at_most(content, max(map(len, parts.values()))), parts)
-        elif not parts:
+        check_content(content)
+        if self.is_under_way(content.digest):
+            return None
+        incoming = self._recall(content)
+        if not incoming.is_complete and incoming.content.chunk_bytes > self._largest_chunk:
             incoming = Incoming(_cut_at_most(content, self._largest_chunk))
         self._downloads[content.digest] = Download(incoming, timeout_s=self._timeout_s)
         return self._take_whole(content.digest)[0] if incoming.is_complete else None
 
+    def suspend(self, digest: str) -> None:
+        """Ask for no more of this content; what is here of it stays."""
+        download = self._downloads.pop(digest, None)
+        if download is not None:
+            self._suspended[digest] = download.incoming
+
     def forget(self, digest: str) -> None:
         """This content is no longer wanted."""
         self._downloads.pop(digest, None)
+        self._suspended.pop(digest, None)
         self._parts.pop(digest, None)
 
     def on_link_up(self, max_payload: int) -> None:
@@ -52,9 +78,9 @@ class Fetching:
         self._largest_chunk = chunk_size(link_bps=0, keepalive_s=0, max_payload=max_payload)
         for digest, download in self._downloads.items():
             content = download.incoming.content
-            if content.chunk_bytes > self._largest_chunk:
-                fresh = Incoming(_cut_at_most(content, self._largest_chunk))
-                self._downloads[digest] = Download(fresh, timeout_s=self._timeout_s)
+            finer = _cut_at_most(content, self._largest_chunk)
+            if finer != content:
+                self._downloads[digest] = Download(Incoming(finer), timeout_s=self._timeout_s)
             else:
                 download.on_link_up()
 
@@ -81,6 +107,18 @@ class Fetching:
         data, more = self._take_whole(letter.digest)
         return data, facts + more
 
+    def _recall(self, content: Content) -> Incoming:
+        """What is set aside of this content, or nothing of it."""
+        suspended = self._suspended.pop(content.digest, None)
+        if suspended is not None and suspended.content.size == content.size:
+            return suspended
+        parts = self._parts.pop(content.digest, {})
+        incoming = Incoming(content, parts)
+        if parts and not any(incoming.received):
+            # A broker that takes only smaller letters had it cut finer than the hub named it.
+            incoming = Incoming(_cut_at_most(content, max(map(len, parts.values()))), parts)
+        return incoming
+
     def _take_whole(self, digest: str) -> tuple[bytes | None, list[AgentFact]]:
         incoming = self._downloads[digest].incoming
         try:
@@ -91,10 +129,11 @@ class Fetching:
                 Incoming(incoming.content), timeout_s=self._timeout_s
             )
             return None, [ContentForgotten(digest)]
-        del self._downloads[digest]
+        self.suspend(digest)
         return data, []
 
 
 def _cut_at_most(content: Content, chunk_bytes: int) -> Content:
-    smaller = min(content.chunk_bytes, chunk_bytes)
+    # Never into more chunks than a manifest may name, whatever the broker takes.
+    smaller = min(content.chunk_bytes, max(chunk_bytes, -(-content.size // MAX_CHUNKS)))
     return Content(digest=content.digest, size=content.size, chunk_bytes=smaller)

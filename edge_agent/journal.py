@@ -185,11 +185,15 @@ class Journal:
         partial.forget(self._contents, digest)
 
     def _indices(self, assignment: Assignment | None) -> list[Path]:
-        """The contents worth keeping: the assignment's base, and the newest of the others."""
+        """The contents worth keeping, two at most: the assignment's base, and the newest others.
+
+        Without an assignment these are the last one's base and the release under way, if any.
+        """
         indices = sorted(self._contents.glob("*.index"), key=lambda path: path.stat().st_mtime_ns)
         base = assignment.base.digest if assignment is not None else ""
         others = [path for path in indices if path.stem != base]
-        return [path for path in indices if path.stem == base] + others[-1:]
+        kept = others[-2:] if assignment is None else others[-1:]
+        return [path for path in indices if path.stem == base] + kept
 
     def _model_path(self, content: Content) -> Path:
         return _model_path(self._folder, content)

@@ -2,13 +2,15 @@
 
 import random
 import zlib
+from contextlib import closing
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from edge_agent.agent import Agent, AgentSettings
-from edge_agent.facts import Held, ReleaseKept, UpdateForgotten, UpdateKept
+from edge_agent.facts import AssignmentKept, Held, ReleaseKept, UpdateForgotten, UpdateKept
+from edge_agent.journal import Journal
 from edge_agent.trainer import fulfil
 from federation.learning.data import LocalData
 from federation.protocol import codec
@@ -199,7 +201,7 @@ def test_a_device_restarted_at_any_point_sends_the_same_update_once():
             assert again.trainings == 0, "what was finished is trained again"
         assert again.held.updates == {}
         assert again.held.assignment is None
-        assert again.held.parts == {}
+        assert again.held.parts.keys() <= {CONTENT.digest}
 
 
 def test_what_was_fetched_before_a_restart_is_not_asked_for_again():
@@ -320,6 +322,61 @@ def test_a_device_that_only_infers_declines_and_says_why():
     assert desk.held.assignment is None
 
 
+IMPOSSIBLE = [
+    {"base": m.Content(digest="zz", size=9, chunk_bytes=9)},
+    {"base": m.Content(digest="0" * 64, size=-1, chunk_bytes=9)},
+    {"base": m.Content(digest="0" * 64, size=9, chunk_bytes=0)},
+    {"base": m.Content(digest="0" * 64, size=2**40, chunk_bytes=1)},
+    {"deadline_s": float("nan")},
+    {"deadline_s": float("inf")},
+    {"deadline_s": -1.0},
+]
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE)
+def test_an_impossible_assignment_is_declined_and_nothing_of_it_is_kept(changes):
+    """A base or a deadline that cannot be is answered in words; the task in hand goes on."""
+    desk = Desk().boot().meet()
+    desk.hear(assignment(inline=b"base"))
+    desk.take(m.TaskEvent)
+
+    desk.hear(assignment("run_4_dev", **changes))
+    desk.wake()
+
+    (event,) = desk.take(m.TaskEvent)
+    assert (event.attempt, event.event) == ("run_4_dev", "declined")
+    assert "expected" in event.reason or "are taken" in event.reason
+    assert desk.held.assignment.attempt == ATTEMPT
+    assert desk.wake_at > desk.now
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE)
+def test_an_impossible_assignment_on_disk_does_not_keep_an_agent_from_starting(tmp_path, changes):
+    """What was written down before it was checked is forgotten at the next start."""
+    with closing(Journal(tmp_path)) as journal:
+        journal.record(AssignmentKept(assignment(**changes)))
+        desk = Desk(journal.restore()).boot().meet()
+        for fact in desk.facts:
+            journal.record(fact)
+
+        assert journal.restore().assignment is None
+    assert desk.take(m.Birth)[0].working is None
+
+
+@pytest.mark.parametrize("digest", ["zz", "0" * 64])
+def test_letters_about_contents_that_nobody_asked_for_are_ignored(digest):
+    """Chunks and farewells of a content that is not under way are neither kept nor forgotten."""
+    desk = Desk().boot().meet()
+    desk.hear(assignment())
+    known = list(desk.facts)
+
+    desk.hear(m.BlobGone(digest=digest, reason="never heard of it"))
+    desk.hear(m.BlobChunk(digest=digest, index=0, crc32=zlib.crc32(b"x"), data=b"x"))
+
+    assert desk.facts == known
+    assert desk.agent.assignment.attempt == ATTEMPT
+
+
 def test_an_assignment_that_comes_twice_is_trained_once():
     """A duplicate of the assignment in hand, or of one that is finished, starts nothing."""
     desk = Desk().boot().meet()
@@ -335,7 +392,7 @@ def test_an_assignment_that_comes_twice_is_trained_once():
 
 
 def test_a_new_assignment_replaces_the_one_in_hand():
-    """The hub gives one task at a time: the older is stopped and forgotten, in silence."""
+    """The hub gives one task at a time: the older is stopped, forgotten, and said to be so."""
     desk = Desk().boot().meet()
     desk.hear(assignment(inline=b"base"))
     desk.take(m.TaskEvent)
@@ -344,7 +401,12 @@ def test_a_new_assignment_replaces_the_one_in_hand():
 
     assert desk.stopped == [ATTEMPT]
     assert desk.held.assignment.attempt == "run_4_dev"
-    assert {event.attempt for event in desk.take(m.TaskEvent)} == {"run_4_dev"}
+    said = [(event.attempt, event.event) for event in desk.take(m.TaskEvent)]
+    assert said == [
+        (ATTEMPT, "cancelled"),
+        ("run_4_dev", "accepted"),
+        ("run_4_dev", "training"),
+    ]
 
 
 @pytest.mark.parametrize("when", ["training", "fetching"])
@@ -374,12 +436,16 @@ def test_a_cancel_for_another_attempt_changes_nothing():
 
 
 def test_a_welcome_that_does_not_know_the_attempt_ends_it():
-    """After a long absence the hub's welcome calls off what it no longer waits for."""
+    """What the hub's welcome does not list is stopped, and the hub hears that it is."""
     desk = Desk().boot().meet()
     desk.hear(assignment(inline=b"base"))
+    desk.take(m.TaskEvent)
 
     desk.hear(m.Welcome(open_attempts=("run_9_dev",)))
 
+    (event,) = desk.take(m.TaskEvent)
+    assert (event.attempt, event.event) == (ATTEMPT, "cancelled")
+    assert event.reason == "the hub no longer waits for it"
     assert desk.stopped == [ATTEMPT]
     assert desk.held.assignment is None
 
@@ -459,27 +525,151 @@ def test_a_base_that_is_gone_ends_the_attempt_with_the_hubs_reason():
     assert desk.held == Held()
 
 
+INFERS = m.Capability(agent="test", infers=True)
+
+
+def onnx_of(serial):
+    return f"model {serial}".encode() * 10_000
+
+
+def release_of(serial, model=None, run="run"):
+    content = content_of(onnx_of(serial if model is None else model), 16 * 1024)
+    return m.Release(run=run, round=3, content=content, serial=serial)
+
+
+def serve(desk, *models):
+    """Answer every request for these contents; the indices that were asked for."""
+    known = {content_of(data, 16 * 1024).digest: data for data in models}
+    asked = []
+    while requests := desk.take(m.BlobRequest):
+        for request in requests:
+            for index in request.wanted:
+                asked.append((request.content.digest, index))
+                crc32, data = cut(known[request.content.digest], request.content, index)
+                letter = m.BlobChunk(
+                    digest=request.content.digest, index=index, crc32=crc32, data=data
+                )
+                desk.hear(letter)
+    return asked
+
+
+def installed(desk):
+    return [fact.release.serial for fact in desk.facts if isinstance(fact, ReleaseKept)]
+
+
 def test_a_release_is_fetched_kept_and_not_fetched_again():
     """A device that infers pulls a new release once; the next boot remembers it."""
-    onnx = b"onnx" * 10_000
-    release = m.Release(run="run", round=3, content=content_of(onnx, 16 * 1024))
-    capability = m.Capability(agent="test", infers=True)
-    desk = Desk(capability=capability).boot().meet()
+    release = release_of(1)
+    desk = Desk(capability=INFERS).boot().meet()
     desk.hear(release)
-    while requests := desk.take(m.BlobRequest):
-        for index in [i for request in requests for i in request.wanted]:
-            crc32, data = cut(onnx, release.content, index)
-            desk.hear(
-                m.BlobChunk(digest=release.content.digest, index=index, crc32=crc32, data=data)
-            )
+    serve(desk, onnx_of(1))
     (kept,) = [fact for fact in desk.facts if isinstance(fact, ReleaseKept)]
-    assert kept.data == onnx
+    assert kept.data == onnx_of(1)
+    assert desk.held.parts == {}
 
-    again = Desk(desk.held, capability=capability).boot().meet()
+    again = Desk(desk.held, capability=INFERS).boot().meet()
     again.hear(release)
 
     assert again.take(m.BlobRequest) == []
     assert again.take(m.Birth)[0].release == release.content.digest
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_of_the_releases_of_two_runs_the_newest_is_installed_once(order):
+    """Whatever order retained releases arrive in, at every reconnect, the newest one stays."""
+    desk, taken = Desk(capability=INFERS).boot().meet(), []
+    for _ in range(3):
+        for serial in order:
+            desk.hear(release_of(serial, run=f"run {serial}"))
+        serve(desk, onnx_of(1), onnx_of(2))
+        taken += installed(desk)
+        desk = Desk(desk.held, capability=INFERS).boot().meet()
+
+    assert taken == [2]
+    assert desk.held.parts == {}
+
+
+def test_the_model_in_use_released_again_is_not_fetched():
+    """A newer release of the same bytes costs nothing and calls off what it supersedes."""
+    desk = Desk(capability=INFERS).boot().meet()
+    desk.hear(release_of(1))
+    serve(desk, onnx_of(1))
+    desk.hear(release_of(2))
+    desk.take(m.BlobRequest)
+
+    desk.hear(release_of(4, model=1))
+    desk.hear(release_of(3))
+    desk.now += 1000.0
+    desk.wake()
+
+    assert desk.take(m.BlobRequest) == []
+    assert installed(desk) == [1]
+
+
+def test_a_download_goes_on_when_the_same_content_is_released_again():
+    """A newer release of the bytes under way is installed without asking for them twice."""
+    desk = Desk(capability=INFERS).boot().meet()
+    desk.hear(release_of(1))
+
+    desk.hear(release_of(2, model=1))
+    asked = serve(desk, onnx_of(1))
+
+    assert len(asked) == len(set(asked)) == release_of(1).content.chunks
+    assert installed(desk) == [2]
+
+
+def test_a_release_that_was_gone_is_fetched_when_it_is_offered_again():
+    """A farewell to a wanted release does not make the device deaf to it."""
+    desk = Desk(capability=INFERS).boot().meet()
+    desk.hear(release_of(1))
+    desk.take(m.BlobRequest)
+    desk.hear(m.BlobGone(digest=release_of(1).content.digest, reason="not yet"))
+
+    desk.hear(release_of(1))
+    serve(desk, onnx_of(1))
+
+    assert installed(desk) == [1]
+
+
+def test_a_release_of_an_impossible_content_is_ignored():
+    """A release that cannot be fetched takes nothing from the one under way."""
+    desk = Desk(capability=INFERS).boot().meet()
+    desk.hear(release_of(1))
+    content = m.Content(digest="zz", size=9, chunk_bytes=9)
+
+    desk.hear(m.Release(run="run", round=9, content=content, serial=9))
+    serve(desk, onnx_of(1))
+
+    assert installed(desk) == [1]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("chunks", [1, CONTENT.chunks])
+def test_the_next_assignment_from_the_same_base_fetches_only_what_is_missing(chunks, restarts):
+    """What was fetched of a base outlives a cancel, until another base is assigned."""
+    desk = Desk().boot().meet()
+    desk.hear(assignment())
+    desk.take(m.BlobRequest)
+    for index in range(chunks):
+        crc32, data = cut(BASE, CONTENT, index)
+        desk.hear(m.BlobChunk(digest=CONTENT.digest, index=index, crc32=crc32, data=data))
+    desk.hear(m.Cancel(attempt=ATTEMPT, reason="too few came"))
+    desk.take(m.BlobRequest)
+    desk.now += 1000.0
+    desk.wake()
+    assert desk.take(m.BlobRequest) == []
+    if restarts:
+        desk = Desk(desk.held).boot().meet()
+
+    desk.hear(assignment("run_4_dev"))
+    asked = serve(desk, BASE)
+
+    assert {index for _, index in asked} == set(range(chunks, CONTENT.chunks))
+    assert (desk.trains[-1].assignment.attempt, desk.trains[-1].base) == ("run_4_dev", BASE)
+
+    other = content_of(b"another base" * 5000, 16 * 1024)
+    desk.hear(assignment("run_5_dev", base=other))
+    assert desk.held.parts == {}
 
 
 def test_a_heartbeat_says_what_is_in_hand_at_its_interval():
