@@ -22,6 +22,18 @@ def write_sealed(path: Path, payload: bytes) -> None:
 
 def read_sealed(path: Path) -> bytes | None:
     """The payload of a sealed file; None if there is none, or it was damaged and set aside."""
+    payload = peek_sealed(path)
+    if payload is None and path.exists():
+        set_aside(path, "its checksum does not hold")
+    return payload
+
+
+def peek_sealed(path: Path) -> bytes | None:
+    """The payload of a sealed file; None if there is none, or it is damaged. It stays as it is.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -29,10 +41,7 @@ def read_sealed(path: Path) -> bytes | None:
     except OSError as error:
         raise store_error("read", path, error) from error
     payload = data[_SEAL_BYTES:]
-    if data[:_SEAL_BYTES] == _MAGIC + sha256(payload).digest():
-        return payload
-    set_aside(path, "its checksum does not hold")
-    return None
+    return payload if data[:_SEAL_BYTES] == _MAGIC + sha256(payload).digest() else None
 
 
 def write_whole(path: Path, *pieces: bytes) -> None:

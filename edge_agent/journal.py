@@ -16,6 +16,7 @@ a checksum; a damaged one is renamed to `.corrupt` and what it held is as if it 
 
 import fcntl
 import os
+import re
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +27,7 @@ import msgspec
 from edge_agent import partial
 from edge_agent.durable import (
     TEMPORARY,
+    peek_sealed,
     read_sealed,
     remove,
     set_aside,
@@ -49,6 +51,8 @@ from federation.protocol.messages import Assignment, Content, Release
 from federation.protocol.transfer import check_content
 
 Record = TypeVar("Record")
+
+_OUR_NAME = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})(?:\.[a-z.]+)?")
 
 
 class Journal:
@@ -74,8 +78,8 @@ class Journal:
             for each in (self._contents, self._updates, self._models, self._checkpoints):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(folder / "lock")
-            for leftover in folder.rglob(f"*{TEMPORARY}"):
-                leftover.unlink()
+            for leftover in self._leftovers():
+                leftover.unlink(missing_ok=True)
             sync_folder(folder)
             sync_folder(folder.parent)
         except OSError as error:
@@ -147,7 +151,7 @@ class Journal:
             StoreError: the disk cannot be read or written.
         """
         held = Held(assignment=_read(self._folder / "assignment", Assignment))
-        for path in sorted(self._updates.iterdir()):
+        for path in _ours(self._updates):
             update = _read(path, UpdateKept) if path.suffix != ".corrupt" else None
             if update is not None:
                 held.updates[update.attempt] = update
@@ -189,7 +193,8 @@ class Journal:
 
         Without an assignment these are the last one's base and the release under way, if any.
         """
-        indices = sorted(self._contents.glob("*.index"), key=lambda path: path.stat().st_mtime_ns)
+        indices = [path for path in _ours(self._contents) if path.suffix == ".index"]
+        indices.sort(key=lambda path: path.stat().st_mtime_ns)
         base = assignment.base.digest if assignment is not None else ""
         others = [path for path in indices if path.stem != base]
         kept = others[-2:] if assignment is None else others[-1:]
@@ -221,17 +226,24 @@ class Journal:
 
     def _clear_models(self) -> None:
         current = self.release_path()
-        for path in self._models.glob("*.onnx"):
-            if path != current:
+        for path in _ours(self._models):
+            if path.suffix == ".onnx" and path != current:
                 remove(path)
+
+    def _leftovers(self) -> list[Path]:
+        """The writes that were cut short."""
+        top = [self._folder / f"{name}{TEMPORARY}" for name in ("assignment", "epoch", "release")]
+        folders = (self._contents, self._updates, self._models, self._checkpoints)
+        below = [path for folder in folders for path in _ours(folder)]
+        return top + [path for path in below if path.suffix == TEMPORARY]
 
     def _clear_away(self, held: Held) -> None:
         self._clear_models()
-        for path in self._contents.iterdir():
+        for path in _ours(self._contents):
             if path.suffix != ".corrupt" and path.stem not in held.parts:
                 remove(path)
         in_hand = held.assignment.attempt if held.assignment is not None else ""
-        for path in self._checkpoints.iterdir():
+        for path in _ours(self._checkpoints):
             if path != self.checkpoint_path(in_hand):
                 remove(path)
 
@@ -239,13 +251,17 @@ class Journal:
 def find_release(folder: Path) -> tuple[Release, Path] | None:
     """The release in use in an agent's folder and its ONNX file; None while there is none.
 
-    It only looks, so an agent may be at work in the folder at the same time.
+    It only looks, so an agent may be at work in the folder at the same time. A damaged record
+    counts as none.
 
     Raises:
         StoreError: the folder cannot be read.
     """
-    release = _read(folder / "release", Release)
-    return (release, _model_path(folder, release.content)) if release is not None else None
+    try:
+        release = msgspec.msgpack.decode(peek_sealed(folder / "release") or b"", type=Release)
+        return release, _model_path(folder, release.content)
+    except (msgspec.DecodeError, TransferError):
+        return None
 
 
 def _model_path(folder: Path, content: Content) -> Path:
@@ -261,6 +277,11 @@ def _read(path: Path, kind: type[Record]) -> Record | None:
     except msgspec.DecodeError as error:
         set_aside(path, str(error))  # Whole, but of another version of this program.
         return None
+
+
+def _ours(folder: Path) -> list[Path]:
+    """The files in a folder that bear names we give: its owner may keep others there."""
+    return sorted(path for path in folder.iterdir() if _OUR_NAME.fullmatch(path.name))
 
 
 def _name(attempt: str) -> str:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_agent import partial
+from edge_agent.durable import write_sealed
 from edge_agent.facts import (
     AgentFact,
     AssignmentForgotten,
@@ -28,7 +29,7 @@ from edge_agent.facts import (
     UpdateForgotten,
     UpdateKept,
 )
-from edge_agent.journal import Journal
+from edge_agent.journal import Journal, find_release
 from federation.errors import ConfigError, TransferError
 from federation.protocol.messages import Assignment, Content, LocalPlan, ModelSpec, Release, Report
 from federation.protocol.transfer import content_of, cut
@@ -278,8 +279,6 @@ def test_a_damaged_file_is_set_aside_and_said_once(tmp_path, caplog):
 
 def test_what_another_version_wrote_is_set_aside(tmp_path, caplog):
     """A whole file of another shape is no reason to crash."""
-    from edge_agent.durable import write_sealed
-
     write_sealed(tmp_path / "assignment", msgspec.msgpack.encode({"attempt": 7}))
 
     assert restored(tmp_path) == (Held(), None)
@@ -291,8 +290,8 @@ def test_only_one_base_and_the_newest_release_are_kept_half_fetched(tmp_path):
     task = facts_of(0)[0]
     strays = [ChunkKept(content_of(noise(n, 10), 10), 0, noise(n, 10)) for n in range(50, 53)]
     record_all(tmp_path, [task, facts_of(0)[1], *strays])
-    (tmp_path / "checkpoints" / "stray").write_bytes(b"x")
-    (tmp_path / "updates" / "stray.tmp").write_bytes(b"x")
+    (tmp_path / "checkpoints" / ("0" * 32)).write_bytes(b"x")
+    (tmp_path / "updates" / f"{'0' * 32}.tmp").write_bytes(b"x")
 
     held, _ = restored(tmp_path)
 
@@ -301,6 +300,58 @@ def test_only_one_base_and_the_newest_release_are_kept_half_fetched(tmp_path):
     assert len(list((tmp_path / "contents").iterdir())) == 4
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert list((tmp_path / "updates").iterdir()) == []
+
+
+def test_the_last_base_is_kept_beside_a_release_between_two_assignments(tmp_path):
+    """Without an assignment the two newest contents stay, and what is older goes."""
+    contents = [ChunkKept(content_of(noise(n, 10), 10), 0, noise(n, 10)) for n in range(50, 53)]
+    for fact in contents:
+        record_all(tmp_path, [fact])
+        time.sleep(0.02)  # Their order is told by the file system's clock.
+
+    held, _ = restored(tmp_path)
+
+    assert set(held.parts) == {fact.content.digest for fact in contents[1:]}
+
+
+def test_the_owners_own_files_are_left_alone(tmp_path):
+    """In a folder that is used for other things too, an agent touches only its own files."""
+    folders = [tmp_path, tmp_path / "photos"]
+    folders += [tmp_path / name for name in ("contents", "updates", "models", "checkpoints")]
+    names = ["notes.tmp", "notes", "best.onnx", "book.index", "book.part"]
+    owned = [folder / name for folder in folders for name in names]
+    for path in owned:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+    (tmp_path / "assignment.tmp").write_bytes(b"cut short")
+
+    record_all(tmp_path, facts_of(0))
+    held, _ = restored(tmp_path)
+
+    assert held == replay(facts_of(0))
+    assert [path for path in owned if path.read_bytes() != b"mine"] == []
+    assert not (tmp_path / "assignment.tmp").exists()
+
+
+@pytest.mark.parametrize("damage", ["checksum", "shape", "content", "none"])
+def test_looking_for_the_release_changes_nothing(tmp_path, damage):
+    """A damaged record is no release for who only looks, and stays for the agent to find."""
+    record_all(tmp_path, facts_of(0))
+    path = tmp_path / "release"
+    impossible = Release(run="r", round=0, content=Content(digest="zz", size=1, chunk_bytes=1))
+    match damage:
+        case "checksum":
+            path.write_bytes(path.read_bytes()[:-1])
+        case "shape":
+            write_sealed(path, msgspec.msgpack.encode({"run": 7}))
+        case "content":
+            write_sealed(path, msgspec.msgpack.encode(impossible))
+    before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+
+    found = find_release(tmp_path)
+
+    assert (found is not None) == (damage == "none")
+    assert {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()} == before
 
 
 def test_a_content_that_is_cut_anew_begins_anew(tmp_path):
