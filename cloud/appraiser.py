@@ -23,7 +23,7 @@ _log = logging.getLogger("headwater.hub")
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """A round gave the model of this digest; `is_last` for the last round of its run."""
+    """A round gave the model of this digest; `is_last` where its run is over."""
 
     plan: RunPlan
     round: int
@@ -45,19 +45,29 @@ def is_worth_releasing(plan: RunPlan, number: int, *, is_last: bool) -> bool:
     return every > 0 and (is_last or number % every == 0)
 
 
-def unappraised(plan: RunPlan, store: Store, registry: Registry) -> list[Closed]:
-    """The rounds of a run whose models nobody has measured, or released where that was due."""
+def last_model(plan: RunPlan, store: Store) -> Closed | None:
+    """The newest model of a run that is over, whatever became of the rounds after it."""
     closed = [row for row in store.rounds(plan.name) if row.model is not None]
-    released = {entry.round for entry in registry.manifest(plan.name) if entry.onnx}
+    if not closed or closed[-1].model is None:
+        return None
+    return Closed(plan, closed[-1].number, closed[-1].model, is_last=True)
+
+
+def unappraised(store: Store, registry: Registry) -> list[Closed]:
+    """The models of all runs that nobody has measured, or released where that is due."""
     found = []
-    for row in closed:
-        is_last = row.number >= plan.rounds
-        unmeasured = plan.evaluation is not None and not row.evaluations
-        due = is_worth_releasing(plan, row.number, is_last=is_last) and not any(
-            number >= row.number for number in released
-        )
-        if row.model is not None and (unmeasured or due):
-            found.append(Closed(plan, row.number, row.model, is_last=is_last))
+    for run in store.runs():
+        released = {entry.round for entry in registry.manifest(run.plan.name) if entry.onnx}
+        newest = max(released, default=0)
+        last = last_model(run.plan, store) if run.status != "active" else None
+        for row in store.rounds(run.plan.name):
+            if row.model is None:
+                continue
+            is_last = last is not None and row.number == last.round
+            due = row.number > newest and is_worth_releasing(run.plan, row.number, is_last=is_last)
+            unmeasured = run.plan.evaluation is not None and not row.evaluations
+            if due or unmeasured:
+                found.append(Closed(run.plan, row.number, row.model, is_last=is_last))
     return found
 
 
@@ -72,6 +82,8 @@ class Appraiser:
         self._on_exported = on_exported
         self._jobs: queue.SimpleQueue[Closed | None] = queue.SimpleQueue()
         self._data: dict[str, LocalData] = {}
+        self._exported: set[str] = set()
+        self._is_closing = False
         self._thread = threading.Thread(target=self._work, name="appraiser", daemon=True)
         self._thread.start()
 
@@ -80,12 +92,13 @@ class Appraiser:
         self._jobs.put(closed)
 
     def close(self, patience_s: float = 60.0) -> None:
-        """Finish what is queued, within this patience."""
+        """Finish the model in hand, within this patience; the rest is for the next hub."""
+        self._is_closing = True
         self._jobs.put(None)
         self._thread.join(patience_s)
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._is_closing:
             try:
                 self._take(job)
             except HeadwaterError as error:
@@ -103,8 +116,10 @@ class Appraiser:
             self._store.record_evaluation(
                 job.plan.name, job.round, "held-out", tally.correct, tally.loss_sum, tally.samples
             )
-        if is_worth_releasing(job.plan, job.round, is_last=job.is_last):
+        due = is_worth_releasing(job.plan, job.round, is_last=job.is_last)
+        if due and job.digest not in self._exported:
             self._export(job, weights, data)
+            self._exported.add(job.digest)
 
     def _export(self, job: Closed, weights: codec.Weights, data: LocalData | None) -> None:
         from federation.learning.export import export_onnx

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
-from cloud.appraiser import Appraiser, Closed, Exported, unappraised
+from cloud.appraiser import Appraiser, Closed, Exported, last_model, unappraised
 from cloud.config import HubConfig, RunPlan
 from cloud.coordination.coordinator import Coordinator
 from cloud.coordination.facts import HubFact, RoundClosed, RunEnded
@@ -27,7 +27,7 @@ from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
 from federation.protocol.link import Arrived, MailboxConfig
 from federation.protocol.messages import AnyLetter, HubState, seal
 from federation.protocol.mqtt import Mailbox
-from federation.protocol.topics import Route, open_letter, route
+from federation.protocol.topics import Route, open_letter, parse, route
 from optimizer.problem import Selector
 
 POLL_S = 0.25
@@ -77,6 +77,8 @@ class HubRunner:
         self._registry = Registry(config.folder)
         self._store = Store(config.database_url)
         self._epoch = 0
+        self._mailbox: Mailbox | None = None
+        self._read_model = lru_cache(maxsize=4)(self._registry.read)
         self._appraiser = Appraiser(self._store, self._registry, self._inbox.put)
         self._plans: dict[str, RunPlan] = {}
         self._is_stopping = False
@@ -88,18 +90,17 @@ class HubRunner:
             while not self._is_stopping:
                 try:
                     self._begin()
-                    pause_s = RETRY_S[0]
                     while self._step():
-                        pass
+                        pause_s = RETRY_S[0]
                 except StoreError as error:
                     # Nothing was said of what could not be written: begin again from the
                     # record. The broker delivers again what was not acknowledged.
                     _log.error("record failed, next try in %.0f s: %s", pause_s, error)
-                    self._mailbox.close()
+                    self._hang_up(None)
                     self._rest(pause_s)
                     pause_s = min(2 * pause_s, RETRY_S[1])
         finally:
-            self._mailbox.close(self._sealed(HubState(online=False)))
+            self._hang_up(self._sealed(HubState(online=False)))
             self._appraiser.close()
             self._store.close()
 
@@ -114,10 +115,23 @@ class HubRunner:
         while not self._is_stopping and time.monotonic() < wake_at:
             time.sleep(0.1)
 
+    def _hang_up(self, goodbye: tuple[Route, bytes] | None) -> None:
+        if self._mailbox is not None:
+            self._mailbox.close(goodbye)
+            self._mailbox = None
+
     def _begin(self) -> None:
         """Go on where the record ends, under an epoch of its own: devices then tell all again."""
-        self._epoch = self._store.next_epoch()
+        # A new record begins above what an older one may have come to, as a device's epoch does.
+        self._epoch = self._store.next_epoch(first=int(self._clock() * 1000))
         _log.info("hub begins epoch=%d folder=%s", self._epoch, self._config.folder)
+        memory = self._store.restore(self._registry)
+        self._coordinator = Coordinator(
+            memory, select=self._select, read_content=self._read_content
+        )
+        self._wake_at = self._poll_at = self._tend_at = self._clock()
+        self._catch_up()
+        self._perform(self._coordinator.start(self._clock()), [])
         self._mailbox = Mailbox(
             self._mailbox_config,
             deliver=self._inbox.put,
@@ -125,26 +139,14 @@ class HubRunner:
             last_will=lambda _: self._sealed(HubState(online=False)),
             rng=self._rng,
         )
-        memory = self._store.restore(self._registry)
-        self._coordinator = Coordinator(
-            memory, select=self._select, read_content=lru_cache(maxsize=4)(self._read_content)
-        )
-        self._wake_at = self._poll_at = self._tend_at = self._clock()
-        self._catch_up()
-        self._perform(self._coordinator.start(self._clock()), [])
         self._mailbox.open()
 
     def _catch_up(self) -> None:
-        """Appraise what an earlier hub had not come to: of the run that is active, or was last."""
-        if self._coordinator.run is not None:
-            plan = self._coordinator.run.plan
-        else:
-            ended = [run for run in self._store.runs() if run.status != "requested"]
-            if not ended:
-                return
-            plan = ended[-1].plan
-        self._plans[plan.name] = plan
-        for closed in unappraised(plan, self._store, self._registry):
+        """Appraise what an earlier hub had not come to."""
+        run = self._coordinator.run
+        if run is not None:
+            self._plans[run.plan.name] = run.plan
+        for closed in unappraised(self._store, self._registry):
             self._appraiser.appraise(closed)
 
     def _step(self) -> bool:
@@ -203,8 +205,20 @@ class HubRunner:
             _, envelope = open_letter(self._config.namespace, arrived.topic, arrived.payload)
         except ProtocolError as error:
             _log.warning("letter refused topic=%s: %s", arrived.topic, error)
-            return self._coordinator.on_unreadable(arrived.topic, error, now)
-        return self._coordinator.on_message(envelope, now)
+            return self._coordinator.on_unreadable(self._branch(arrived.topic), error, now)
+        try:
+            return self._coordinator.on_message(envelope, now)
+        except Exception as error:  # the outermost loop: no letter may end the hub
+            _log.error("letter failed sender=%s: %r", envelope.sender, error)
+            refusal = ProtocolError(f"letter could not be acted upon ({error!r}): report this")
+            return self._coordinator.on_unreadable(envelope.sender, refusal, now)
+
+    def _branch(self, topic: str) -> str:
+        """Whose branch of the tree a topic is on, as far as it can be told."""
+        try:
+            return parse(self._config.namespace, topic).device
+        except ProtocolError:
+            return "nobody"
 
     def _ask_operators(self, now: float) -> list[Effect[HubFact]]:
         effects: list[Effect[HubFact]] = []
@@ -238,26 +252,33 @@ class HubRunner:
             self._store.record(facts, self._registry)
         for effect in effects:
             match effect:
-                case Send(letter, device):
+                case Send(letter, device) if self._mailbox is not None:
                     self._mailbox.publish(*self._sealed(letter, device))
                 case WakeAt(at):
                     self._wake_at = at
                 case _:
                     pass
         for letter_in in arrived:
-            self._mailbox.acknowledge(letter_in)
+            if self._mailbox is not None:
+                self._mailbox.acknowledge(letter_in)
         for fact in facts:
-            if isinstance(fact, RoundClosed):
-                self._after_round(fact)
+            self._after(fact)
 
-    def _after_round(self, fact: RoundClosed) -> None:
-        plan = self._plans[fact.run]
-        is_last = fact.round >= plan.rounds
-        self._appraiser.appraise(Closed(plan, fact.round, fact.content.digest, is_last=is_last))
+    def _after(self, fact: HubFact) -> None:
+        """Have new models measured, and the last one of a run that is over released."""
+        match fact:
+            case RoundClosed(run=run, round=number, content=content):
+                plan = self._plans[run]
+                self._appraiser.appraise(Closed(plan, number, content.digest, is_last=False))
+            case RunEnded(run=run) if run in self._plans:
+                if (last := last_model(self._plans.pop(run), self._store)) is not None:
+                    self._appraiser.appraise(last)
+            case _:
+                pass
 
     def _read_content(self, digest: str) -> bytes | None:
         try:
-            return self._registry.read(digest)
+            return self._read_model(digest)
         except StoreError:
             return None
 

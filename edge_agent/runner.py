@@ -121,7 +121,7 @@ class AgentRunner:
                 _Progress(attempt, done / max(total, 1))
             ),
             on_trained=self._inbox.put,
-            checkpoints=config.folder / "checkpoints",
+            checkpoint_path=self._journal.checkpoint_path,
             limits=WorkerLimits(
                 threads=config.training.threads,
                 stall_s=config.training.stall_s,
@@ -141,6 +141,9 @@ class AgentRunner:
         if isinstance(event, _Stop):
             return False
         self._perform(self._react(event, self._clock()))
+        if self._clock() >= self._wake_at:
+            # However many letters come, time is not forgotten.
+            self._perform(self._agent.on_wake(self._clock()))
         return True
 
     def _react(
@@ -168,7 +171,11 @@ class AgentRunner:
         except ProtocolError as error:
             _log.warning("letter refused: %s", error)
             return []
-        return self._agent.on_message(envelope, now)
+        try:
+            return self._agent.on_message(envelope, now)
+        except Exception as error:  # the outermost loop: no letter may end the agent
+            _log.error("letter failed sender=%s: %r", envelope.sender, error)
+            return []
 
     def _perform(self, effects: list[Effect[AgentFact]]) -> None:
         for effect in effects:

@@ -16,7 +16,8 @@ from cloud import broker as broker_module
 from cloud.broker import Broker, start_broker
 from federation.errors import LinkError, ProtocolError
 from federation.protocol.effects import Link
-from federation.protocol.mqtt import Arrived, Mailbox, MailboxConfig
+from federation.protocol.link import Arrived, MailboxConfig
+from federation.protocol.mqtt import Mailbox
 from federation.protocol.topics import Route, device_filters
 from tests.brokers import StartBroker
 

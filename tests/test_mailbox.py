@@ -13,9 +13,9 @@ import pytest
 from cloud.broker import Broker
 from federation.errors import ConfigError
 from federation.protocol.effects import Link
-from federation.protocol.link import draw_backoff, parse_url
+from federation.protocol.link import Arrived, MailboxConfig, draw_backoff, parse_url
 from federation.protocol.messages import MAX_LETTER_BYTES
-from federation.protocol.mqtt import Arrived, Mailbox, MailboxConfig
+from federation.protocol.mqtt import Mailbox
 from federation.protocol.topics import Route
 from simulations.link import LinkProxy
 from tests.brokers import StartBroker

@@ -68,6 +68,7 @@ def _releases(connection: Connection) -> dict[str, Release]:
             round=row.round,
             content=Content(digest=row.digest, size=row.size, chunk_bytes=row.chunk_bytes),
             labels=row.labels,
+            serial=round(row.at * 1000),
         )
         for row in rows
     }

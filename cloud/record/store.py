@@ -96,10 +96,10 @@ class Store:
 
     # What the hub writes and reads back ---------------------------------------------------
 
-    def next_epoch(self) -> int:
-        """The hub's next epoch: one more than any before."""
+    def next_epoch(self, first: int = 1) -> int:
+        """The hub's next epoch: one more than any before, or `first` in a new record."""
         with self._writing("begin an epoch in") as connection:
-            insert_once(connection, t.Hub, id=1, epoch=0)
+            insert_once(connection, t.Hub, id=1, epoch=first - 1)
             grown = update(t.Hub).values(epoch=t.Hub.epoch + 1).returning(t.Hub.epoch)
             return connection.execute(grown).scalar_one()
 

@@ -210,7 +210,12 @@ def unpack(payload: bytes) -> tuple[dict[str, Array], str]:
             raise CodecError(
                 f"tensor {name[:80]!r} is {entry['dtype']} of shape {shape[:9]}: not ours, refuse"
             )
-        tensors[name] = np.frombuffer(bytearray(entry["data"]), dtype).reshape(shape)
+        try:
+            tensors[name] = np.frombuffer(bytearray(entry["data"]), dtype).reshape(shape)
+        except ValueError as error:
+            raise CodecError(
+                f"tensor {name!r} cannot have shape {shape} ({error}): not ours, refuse"
+            ) from error
     return tensors, _text_in(header)
 
 
@@ -229,7 +234,10 @@ def _check_header(payload: bytes) -> bytes:
 
 
 def _text_in(header: bytes) -> str:
-    metadata = json.loads(header).get(_RESERVED)
+    try:
+        metadata = json.loads(header).get(_RESERVED)
+    except (ValueError, RecursionError) as error:
+        raise CodecError(f"payload's header is unreadable ({error}): fetch it again") from error
     text = metadata.get(_FACTS, "") if isinstance(metadata, dict) else ""
     return text if isinstance(text, str) else ""
 
@@ -245,7 +253,7 @@ def _facts_to_json(facts: _Facts) -> str:
 def _facts_from_json(text: str) -> _Facts:
     try:
         return msgspec.json.decode(text or "{}", type=_Facts)
-    except msgspec.DecodeError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CodecError(
             f"payload's description is unreadable ({error}): sender and receiver disagree "
             "about the codec; upgrade the older"

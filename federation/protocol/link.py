@@ -22,14 +22,24 @@ _UNSENT_BYTES = 64 * 1024
 """How much the kernel may hold unsent, so that a ping does not queue behind megabytes."""
 
 
+PACKET_OVERHEAD_BYTES = 1024
+"""What topic, properties and header add to a letter, rounded up generously."""
+
+STEADY_S = 1.0
+"""A link that was up for this long counts as good: the back-off begins anew."""
+
+CONNECT_S = 5.0
+"""How long opening a TCP or TLS connection may take."""
+
+
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A letter from the broker; `packet` and `epoch` are what `acknowledge` needs of it."""
+    """A letter from the broker; `packet` and `connection` are what `acknowledge` needs of it."""
 
     topic: str
     payload: bytes
     packet: int = 0
-    epoch: int = 0
+    connection: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -240,12 +240,16 @@ class HubState(Letter, frozen=True, kw_only=True, tag="hub-state"):
 
 
 class Release(Letter, frozen=True, kw_only=True, tag="release"):
-    """A model worth inferring with, retained: its ONNX file as content."""
+    """A model worth inferring with, retained: its ONNX file as content.
+
+    `serial` grows with every release of a hub: the largest is the newest, of whatever run.
+    """
 
     run: str
     round: int
     content: Content
     labels: tuple[str, ...] = ()
+    serial: int = 0
 
 
 Uplink: TypeAlias = (
@@ -278,6 +282,10 @@ _decoder = msgspec.msgpack.Decoder(Envelope)
 _version = msgspec.msgpack.Decoder(_Version)
 
 
+UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What decoding may raise of hostile bytes: broken text and deep nesting are not DecodeErrors."""
+
+
 def seal(sender: str, epoch: int, letter: AnyLetter) -> bytes:
     """The bytes of a letter in its envelope."""
     return _encoder.encode(Envelope(sender=sender, epoch=epoch, body=letter))
@@ -297,7 +305,7 @@ def unseal(payload: bytes) -> Envelope:
         )
     try:
         envelope = _decoder.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise ProtocolError(_why_unreadable(payload, error)) from error
     if envelope.version != MAJOR:
         raise ProtocolError(_other_version(envelope.version))
@@ -308,10 +316,10 @@ def _other_version(version: int) -> str:
     return f"letter has protocol version {version}; this side speaks {MAJOR}: upgrade the older"
 
 
-def _why_unreadable(payload: bytes, error: msgspec.DecodeError) -> str:
+def _why_unreadable(payload: bytes, error: Exception) -> str:
     try:
         version = _version.decode(payload).version
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return f"letter is not readable MessagePack ({error}): refuse it and look at its sender"
     if version != MAJOR:
         return _other_version(version)

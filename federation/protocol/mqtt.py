@@ -10,7 +10,9 @@ waits behind more than one letter, and a slow link does not look dead to its own
 """
 
 import functools
+import itertools
 import logging
+import math
 import random
 import threading
 import time
@@ -24,8 +26,12 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from federation.errors import HeadwaterError
 from federation.protocol.effects import Link
 from federation.protocol.link import (
+    CONNECT_S,
+    PACKET_OVERHEAD_BYTES,
+    STEADY_S,
     Arrived,
     Bell,
     Ending,
@@ -43,20 +49,11 @@ from federation.protocol.link import (
 from federation.protocol.messages import MAX_LETTER_BYTES
 from federation.protocol.topics import Route
 
-__all__ = ["Arrived", "Mailbox", "MailboxConfig"]
-
-PACKET_OVERHEAD_BYTES = 1024
-"""What topic, properties and header add to a letter, rounded up generously."""
-
-_STEADY_S = 1.0
-"""A link that was up for this long counts as good: the back-off begins anew."""
-
-_CONNECT_S = 5.0
-"""How long opening a TCP or TLS connection may take."""
-
 _Words: TypeAlias = tuple[Route, bytes] | None
 
 _FIVE = MQTTProtocolVersion.MQTTv5
+
+_serials = itertools.count(1)  # two connections may share an epoch; packet numbers begin anew
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +121,7 @@ class Mailbox:
         Harmless once the connection it came on is gone: the broker delivers it again.
         """
         connection = self._connection
-        if arrived.packet and connection is not None and connection.epoch == arrived.epoch:
+        if arrived.packet and connection is not None and connection.serial == arrived.connection:
             connection.acks.append(arrived.packet)
             self._bell.ring()
 
@@ -138,7 +135,7 @@ class Mailbox:
         self._closing.set()
         self._bell.ring()
         if self._thread.is_alive():
-            self._thread.join(self._config.close_s + _CONNECT_S + 1.0)
+            self._thread.join(self._config.close_s + CONNECT_S + 1.0)
         if not self._thread.is_alive():
             self._bell.close()
 
@@ -154,7 +151,7 @@ class Mailbox:
             if up_s or ending.reason != said:
                 said = ending.reason
                 self._hand_over(Link(is_up=False, epoch=self._epoch, reason=said))
-            attempt = 0 if up_s >= _STEADY_S else attempt
+            attempt = 0 if up_s >= STEADY_S else attempt
             self._closing.wait(self._pause_s(ending, attempt))
             attempt += 1
 
@@ -168,6 +165,8 @@ class Mailbox:
             connection.connect(*self._last_will(self._epoch))
             self._connection, self._is_epoch_spent = connection, True
             ending = connection.serve(self._bell, self._closing, lambda: self._goodbye)
+        except HeadwaterError as error:
+            ending = Ending(str(error))
         except OSError as error:
             ending = Ending(why_unreachable(self._config.url, error))
         except Exception as error:  # the outermost loop: the link outlives any surprise
@@ -203,6 +202,7 @@ class _Connection:
         hand_over: Callable[[Arrived | Link], None],
     ) -> None:
         self.epoch = epoch
+        self.serial = next(_serials)
         self.acks: deque[int] = deque()
         self.outbox = Outbox(config.outbox_bytes)
         self._config = config
@@ -216,13 +216,14 @@ class _Connection:
             reconnect_on_failure=False,
             manual_ack=config.manual_ack,
         )
-        self._unacked: dict[int, str] = {}
+        self._unacked: dict[int, tuple[str, float]] = {}
         self._window = config.window
         self._max_payload = 0
         self._held: list[Arrived] = []
         self._up_since: float | None = None
         self._ending: Ending | None = None
         self._drop_at: float | None = None
+        self._asked_at = time.monotonic()
 
     def connect(self, will: Route, last_words: bytes) -> None:
         """Reach the broker and send CONNECT.
@@ -232,7 +233,7 @@ class _Connection:
         """
         config, client = self._config, self._client
         host, port, is_tls = parse_url(config.url)
-        client.connect_timeout = _CONNECT_S
+        client.connect_timeout = CONNECT_S
         client.max_inflight_messages = 0  # the window is ours, in `_feed`
         if config.user:
             client.username_pw_set(config.user, config.password)
@@ -240,7 +241,7 @@ class _Connection:
             client.tls_set(
                 config.ca_file or None, config.cert_file or None, config.key_file or None
             )
-        expiry = self._expiry(will, PacketTypes.WILLMESSAGE)
+        expiry = _expiry_after(will.expiry_s * self._is_five, PacketTypes.WILLMESSAGE)
         client.will_set(will.topic, last_words, will.qos, will.retain, expiry)
         client.on_socket_open = lambda _client, _userdata, sock: tune_socket(sock)
         client.on_connect = self._on_connect
@@ -292,7 +293,11 @@ class _Connection:
         return self._ending or Ending("connection lost")
 
     def _feed(self) -> None:
-        """Hand paho what it can send at once."""
+        """Hand paho what it can send at once; give up a broker that has stopped to answer."""
+        _, asked_at = next(iter(self._unacked.values()), ("", math.inf))
+        asked_at = self._asked_at if self._up_since is None else asked_at
+        if time.monotonic() > asked_at + 2 * self._config.keepalive_s:
+            self._end(Ending("broker is there but answers nothing: see that it is not overloaded"))
         while self.acks:
             self._client.ack(self.acks.popleft(), 1)
         while len(self._unacked) < self._window and not self._client.want_write():
@@ -300,10 +305,10 @@ class _Connection:
             if letter is None:
                 return
             route, payload = letter
-            expiry = self._expiry(route, PacketTypes.PUBLISH)
+            expiry = _expiry_after(route.expiry_s * self._is_five, PacketTypes.PUBLISH)
             sent = self._client.publish(route.topic, payload, route.qos, route.retain, expiry)
             if route.qos:
-                self._unacked[sent.mid] = route.topic
+                self._unacked[sent.mid] = (route.topic, time.monotonic())
 
     def _take_leave(self, goodbye: Callable[[], _Words]) -> None:
         if self._drop_at is None:
@@ -317,9 +322,6 @@ class _Connection:
             self._client.disconnect()
         elif not self._client.is_connected() or time.monotonic() > self._drop_at:
             self._end(Ending("closed before the broker took everything"))
-
-    def _expiry(self, route: Route, packet: int) -> Properties | None:
-        return _expiry_after(route.expiry_s, packet) if self._is_five and route.expiry_s else None
 
     def _end(self, ending: Ending) -> None:
         self._ending = self._ending or ending  # paho may report one loss twice
@@ -362,7 +364,7 @@ class _Connection:
     def _on_message(self, _client: object, _data: object, message: MQTTMessage) -> None:
         packet = message.mid if message.qos and self._config.manual_ack else 0
         try:
-            arrived = Arrived(message.topic, bytes(message.payload), packet, self.epoch)
+            arrived = Arrived(message.topic, bytes(message.payload), packet, self.serial)
         except UnicodeDecodeError:
             _log.warning("letter dropped: its topic is not UTF-8")
             self.acks.extend([packet] if packet else [])
@@ -375,7 +377,7 @@ class _Connection:
     def _on_publish(
         self, _client: object, _data: object, packet: int, reason: ReasonCode, _extra: Properties
     ) -> None:
-        topic = self._unacked.pop(packet, "")
+        topic, _ = self._unacked.pop(packet, ("", 0.0))
         if reason.is_failure:
             _log.warning("letter refused by the broker topic=%s reason=%s", topic, reason)
 
@@ -394,5 +396,5 @@ def _properties(packet: int, **values: int) -> Properties:
 
 
 @functools.cache
-def _expiry_after(seconds: int, packet: int) -> Properties:
-    return _properties(packet, MessageExpiryInterval=seconds)
+def _expiry_after(seconds: int, packet: int) -> Properties | None:
+    return _properties(packet, MessageExpiryInterval=seconds) if seconds else None
