@@ -190,7 +190,9 @@ class _Orders:
         """Read until the pipe closes; then exit at once, in the middle of a batch too."""
         while (order := read_order(self._pipe)) is not None:
             match order:
-                case Job():
+                case Job(assignment=assignment):
+                    # A stop that came after the end of an earlier job is not meant for this one.
+                    self.forget(assignment.attempt)
                     self.jobs.put(order)
                 case Stop(attempt=attempt):
                     self._stopped.add(attempt)

@@ -6,7 +6,6 @@ goes with it when there is nothing to do.
 """
 
 import contextlib
-import hashlib
 import os
 import queue
 import subprocess
@@ -131,8 +130,10 @@ class Worker:
     Args:
         source: where the child finds the local data.
         on_progress: told the attempt, the steps done and the steps in all.
-        on_trained: told once of every `train`, unless the worker is closed first.
-        checkpoints: a folder for checkpoints, created when needed (none: keep none).
+        on_trained: told once of every `train`, unless the worker is closed first, or the
+            attempt is stopped and begun again: then only the last is told of.
+        checkpoint_path: the file for an attempt's checkpoint (none: keep none). Its folder is
+            made when needed.
         limits: what training may take.
     """
 
@@ -142,17 +143,19 @@ class Worker:
         on_progress: Callable[[str, int, int], None],
         on_trained: Callable[[Trained], None],
         *,
-        checkpoints: Path | None = None,
+        checkpoint_path: Callable[[str], Path] | None = None,
         limits: WorkerLimits | None = None,
     ) -> None:
         self._source = source
         self._on_progress, self._on_trained = on_progress, on_trained
-        self._checkpoints = checkpoints
+        self._checkpoint_path = checkpoint_path
         self._limits = limits or WorkerLimits()
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._child: _Child | None = None
         self._jobs: set[str] = set()
+        self._stopping: set[str] = set()
+        self._held_back: dict[str, Job] = {}
         self._last_sign = 0.0
         self._is_stalled = False
 
@@ -173,8 +176,6 @@ class Worker:
             checkpoint_every_s=self._limits.checkpoint_every_s,
             threads=self._limits.threads,
         )
-        if self._checkpoints is not None:
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
         if self._thread is None:
             self._thread = threading.Thread(target=self._keep, name="trainer-keeper", daemon=True)
             self._thread.start()
@@ -207,27 +208,28 @@ class Worker:
             if isinstance(event, _Close):
                 break
             self._on_event(event)
-        self._jobs.clear()
+        for each in (self._jobs, self._stopping, self._held_back):
+            each.clear()
         if self._child is not None:
             self._child.end(timeout_s=5.0)
             self._child = None
 
     def _on_event(self, event: Order | News | _Ended) -> None:
         match event:
-            case Job():
-                self._begin(event)
-            case Stop(attempt=attempt):
-                if attempt in self._jobs and self._child is not None:
-                    self._child.send(event)
+            case Job(assignment=assignment):
+                if assignment.attempt in self._stopping:
+                    # What the stopped one still says must not be taken for this one's.
+                    self._held_back[assignment.attempt] = event
                 else:
-                    self._forget(attempt)
+                    self._begin(event)
+            case Stop():
+                self._stop(event)
             case Stepped(attempt=attempt, done=done, total=total):
                 self._last_sign = time.monotonic()
                 self._on_progress(attempt, done, total)
             case Finished(trained=trained):
                 self._last_sign = time.monotonic()
-                self._jobs.discard(trained.attempt)
-                self._on_trained(trained)
+                self._settle(trained)
             case _Ended(child=child, code=code):
                 if child is self._child:
                     self._on_death(code)
@@ -235,14 +237,39 @@ class Worker:
     def _begin(self, job: Job) -> None:
         if not self._jobs:
             self._last_sign = time.monotonic()
-        self._jobs.add(job.assignment.attempt)
+        attempt = job.assignment.attempt
+        self._jobs.add(attempt)
         try:
+            if job.checkpoint:
+                Path(job.checkpoint).parent.mkdir(parents=True, exist_ok=True)
             if self._child is None:
                 self._is_stalled = False
                 self._child = _Child(self._limits.threads, self._events.put)
             self._child.send(job)
         except OSError as error:
-            self._fail(f"the trainer cannot be started ({error}): free memory or processes")
+            failure = (
+                f"training cannot begin ({error}): "
+                "free memory, processes or disk, and let the agent write to its data folder"
+            )
+            self._settle(Trained(attempt, failure=failure))
+
+    def _stop(self, order: Stop) -> None:
+        self._held_back.pop(order.attempt, None)
+        if order.attempt in self._jobs and self._child is not None:
+            self._stopping.add(order.attempt)
+            self._child.send(order)
+        else:
+            self._forget(order.attempt)
+
+    def _settle(self, trained: Trained) -> None:
+        """A job is over: tell of it, or begin the one that was held back for it."""
+        self._jobs.discard(trained.attempt)
+        self._stopping.discard(trained.attempt)
+        again = self._held_back.pop(trained.attempt, None)
+        if again is not None:
+            self._begin(again)
+        else:
+            self._on_trained(trained)
 
     def _wait_s(self) -> float | None:
         if self._child is None:
@@ -279,16 +306,16 @@ class Worker:
     def _fail(self, failure: str) -> None:
         attempts, self._jobs = sorted(self._jobs), set()
         for attempt in attempts:
-            self._on_trained(Trained(attempt, failure=failure))
+            self._settle(Trained(attempt, failure=failure))
 
     def _checkpoint(self, attempt: str) -> Path | None:
-        if self._checkpoints is None:
-            return None
-        # As `Journal.checkpoint_path`, which clears away every other file in the folder.
-        return self._checkpoints / hashlib.sha256(attempt.encode()).hexdigest()[:32]
+        return self._checkpoint_path(attempt) if self._checkpoint_path is not None else None
 
     def _forget(self, attempt: str) -> None:
         checkpoint = self._checkpoint(attempt)
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        # What stays behind for want of a working disk is told by its identity.
+        with contextlib.suppress(OSError):
             for file in checkpoint.parent.glob(f"{checkpoint.name}*"):
                 file.unlink(missing_ok=True)

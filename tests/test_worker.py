@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import subprocess
@@ -10,8 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edge_agent.frames import DataSource
-from edge_agent.journal import Journal
+from edge_agent.frames import DataSource, Job, Stop, write_frame
 from edge_agent.trainer import CheckpointFile, fulfil
 from edge_agent.worker import Worker, WorkerLimits
 from federation.errors import StoreError
@@ -89,7 +89,7 @@ def hire(folder, ears, tmp_path):
             source or DataSource(folder=str(folder)),
             ears.on_progress,
             ears.on_trained,
-            checkpoints=tmp_path / "checkpoints",
+            checkpoint_path=(tmp_path / "checkpoints").joinpath,
             limits=WorkerLimits(**limits),
         )
         workers.append(worker)
@@ -101,6 +101,7 @@ def hire(folder, ears, tmp_path):
 
 
 LONG = {"epochs": 1_000_000, "learning_rate": 0.001}
+JOB = Job(assignment=assignment(), base=BASE, source=DataSource())
 
 
 def test_the_child_gives_the_bytes_that_fulfil_gives(hire, ears, folder):
@@ -187,6 +188,93 @@ def test_an_attempt_stopped_before_it_begins_never_trains(hire, ears):
     ears.wait(lambda: len(ears.trained) == 2)
     assert ears.trained[1].failure.startswith("stopped")
     assert {attempt for attempt, _, _ in ears.progress} == {"long"}
+
+
+def test_an_attempt_stopped_and_begun_again_is_told_of_once(hire, ears, folder):
+    """What the stopped training still says is not taken for the new one's outcome."""
+    again = {"epochs": 3}
+    worker = hire()
+    worker.train(assignment(**LONG), BASE)
+    ears.wait(lambda: ears.progress)
+
+    for _ in range(2):
+        worker.stop("r_1_d")
+        worker.train(assignment(**again), BASE)
+    ears.wait(lambda: ears.trained)
+    worker.train(assignment("last", epochs=0), BASE)
+
+    ears.wait(lambda: ears.trained[-1].attempt == "last")
+    assert [trained.attempt for trained in ears.trained] == ["r_1_d", "last"]
+    assert ears.trained[0].failure == ""
+    assert ears.trained[0].update == fulfil(assignment(**again), BASE, load_folder(folder)).update
+
+
+def test_a_stop_that_comes_too_late_does_not_stop_the_next_of_its_name():
+    """The child reads a stop as meant for what was asked before it, not after it."""
+    pipe = io.BytesIO()
+    for order in (Stop(attempt="r_1_d"), JOB):
+        write_frame(pipe, order)
+    script = (
+        "import io, os, sys; from edge_agent import trainer\n"
+        "orders = trainer._Orders(io.BytesIO(sys.stdin.buffer.read()))\n"
+        "os._exit = lambda code: None\n"
+        "orders.read(); print(orders.is_stopped('r_1_d'), orders.jobs.qsize())"
+    )
+
+    found = subprocess.run(
+        [sys.executable, "-c", script], input=pipe.getvalue(), capture_output=True, check=True
+    )
+
+    assert found.stdout == b"False 1\n"
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_is_a_failure_in_words(hire, ears, tmp_path):
+    """A file in the folder's way fails the training, and the worker goes on when it is gone."""
+    (tmp_path / "checkpoints").write_bytes(b"in the way")
+    worker = hire()
+
+    worker.train(assignment("one", epochs=0), BASE)
+    worker.stop("one")
+    worker.stop("never begun")
+
+    ears.wait(lambda: len(ears.trained) == 1)
+    assert "checkpoints" in ears.trained[0].failure
+    (tmp_path / "checkpoints").unlink()
+    worker.train(assignment("two", epochs=0), BASE)
+    ears.wait(lambda: len(ears.trained) == 2)
+    assert ears.trained[1].failure == ""
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_worker(hire, ears, tmp_path):
+    """What lies where a checkpoint should be costs no training but its own."""
+    (tmp_path / "checkpoints" / "stuck").mkdir(parents=True)
+    worker = hire()
+    worker.train(assignment("one", epochs=0), BASE)
+    ears.wait(lambda: len(ears.trained) == 1)
+
+    worker.stop("stuck")
+    worker.train(assignment("two", epochs=0), BASE)
+
+    ears.wait(lambda: len(ears.trained) == 2)
+    assert [trained.failure for trained in ears.trained] == ["", ""]
+
+
+def test_a_trainer_that_cannot_be_started_is_a_failure_in_words(hire, ears, monkeypatch):
+    """Without memory for a process the training fails, and the next one is tried anew."""
+    worker = hire()
+
+    def full(*_args, **_kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", full)
+        worker.train(assignment("one", epochs=0), BASE)
+        ears.wait(lambda: len(ears.trained) == 1)
+    worker.train(assignment("two", epochs=0), BASE)
+
+    ears.wait(lambda: len(ears.trained) == 2)
+    assert "Cannot allocate memory" in ears.trained[0].failure
+    assert ears.trained[1].failure == ""
 
 
 def test_a_stalled_child_is_ended(hire, ears):
@@ -321,15 +409,6 @@ def test_a_worker_costs_no_numpy_until_it_trains():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert found.stdout.strip() == "set()"
-
-
-def test_the_journal_spares_the_checkpoint_of_the_assignment_in_hand(hire, tmp_path):
-    """Worker and journal agree where an attempt's checkpoint lies."""
-    journal = Journal(tmp_path)
-    try:
-        assert hire()._checkpoint("r_1_d") == journal.checkpoint_path("r_1_d")
-    finally:
-        journal.close()
 
 
 @pytest.mark.parametrize("cut", ["resume", "torn", "foreign", "garbage"])
