@@ -75,7 +75,7 @@ class Agent:
         self._max_payload = 0
         self._hub_epoch = -1
         self._hub_is_online = False
-        self._is_introduced = False
+        self._is_introduced = self._awaits_welcome = False
         self._deadline = float("inf")
         self._wanted: m.Release | None = None
         self._fetching = Fetching(held.parts, settings.timeout_s)
@@ -188,7 +188,7 @@ class Agent:
     def _introduce(self, now: float) -> None:
         """Say what this device is and holds, and begin all its transfers again."""
         self._birth_at = float("inf")
-        self._is_introduced = True
+        self._is_introduced = self._awaits_welcome = True
         birth = m.Birth(
             capability=self._capability,
             working=self.assignment.attempt if self.assignment is not None else None,
@@ -199,6 +199,9 @@ class Agent:
         self._out.extend(self._outgoing.open_all(self.device, now))
 
     def _on_welcome(self, letter: m.Welcome) -> None:
+        if not self._awaits_welcome or letter.epoch != self._link.epoch:
+            return  # A broker may deliver twice, and late; only the answer to this birth counts.
+        self._awaits_welcome = False
         in_hand = self.assignment
         if in_hand is not None and in_hand.attempt not in letter.open_attempts:
             # Said aloud: a hub that thinks this device busy gives it nothing else.

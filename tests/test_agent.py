@@ -142,7 +142,7 @@ class Counterpart:
         match letter:
             case m.Birth():
                 done = bool(self.accepted)
-                desk.hear(m.Welcome(open_attempts=() if done else (ATTEMPT,)))
+                desk.hear(m.Welcome(epoch=desk.epoch, open_attempts=() if done else (ATTEMPT,)))
                 if not done and ATTEMPT not in (letter.working, *letter.finished):
                     desk.hear(assignment())
             case m.BlobRequest():
@@ -441,7 +441,7 @@ def test_a_welcome_that_does_not_know_the_attempt_ends_it():
     desk.hear(assignment(inline=b"base"))
     desk.take(m.TaskEvent)
 
-    desk.hear(m.Welcome(open_attempts=("run_9_dev",)))
+    desk.hear(m.Welcome(epoch=desk.epoch, open_attempts=("run_9_dev",)))
 
     (event,) = desk.take(m.TaskEvent)
     assert (event.attempt, event.event) == (ATTEMPT, "cancelled")

@@ -186,8 +186,8 @@ def test_an_update_that_cannot_be_averaged_is_refused_alone(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"content": m.Content(digest="0" * 64, size=2**40, chunk_bytes=65536)}, "1099511627776"),
-        ({"content": m.Content(digest="0" * 64, size=100, chunk_bytes=0)}, "chunks of 0 bytes"),
+        ({"content": m.Content(digest="0" * 64, size=2**40, chunk_bytes=65536)}, "16777216 chunks"),
+        ({"content": m.Content(digest="0" * 64, size=100, chunk_bytes=0)}, "chunks of 0"),
         ({"content": m.Content(digest="0" * 64, size=2000, chunk_bytes=2**30)}, "262144"),
         ({"inline": b"short"}, "5 bytes"),
         ({"report": m.Report(samples=-5)}, "-5 samples"),

@@ -148,7 +148,7 @@ def test_letters_that_are_not_for_the_hub_or_not_readable_are_recorded():
     room = Room(run_plan(1))
     room.born("a")
 
-    room.hear("a", m.Welcome())
+    room.hear("a", m.Welcome(epoch=1))
     room.do(room.hub.on_unreadable("a", ProtocolError("letter has version 9"), room.now))
 
     assert [fact.reason for fact in room.of(LetterRefused)] == [

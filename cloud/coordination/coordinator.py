@@ -165,7 +165,7 @@ class Coordinator:
             else:
                 self._conductor.mark(entry.attempt, "assigned", "", now)
                 self._conductor.assign(entry, now)
-        self._outbox.say(m.Welcome(open_attempts=tuple(listed)), device)
+        self._outbox.say(m.Welcome(epoch=epoch, open_attempts=tuple(listed)), device)
 
     def _on_presence(self, device: str, epoch: int, presence: m.Presence, now: float) -> None:
         if not self.fleet.present(device, epoch, presence):

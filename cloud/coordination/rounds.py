@@ -143,8 +143,7 @@ class Round:
     def restart(self, now: float) -> list[Attempt]:
         """The hub has restarted: whoever is waited for is lost until heard of again; who that is.
 
-        Whatever the clock did meanwhile, the deadline is never longer than the policy's, and it
-        leaves devices the time to come back.
+        The deadline is never longer than the policy's, whatever the clock did meanwhile.
         """
         lost = []
         for entry in self.attempts.values():
@@ -153,8 +152,7 @@ class Round:
                 self._open.discard(entry.attempt)
                 self._lost.add(entry.attempt)
                 lost.append(entry)
-        least = now + min(self.policy.lost_grace_s, self.policy.deadline_s)
-        self.deadline = min(max(self.deadline, least), now + self.policy.deadline_s)
+        self.deadline = min(self.deadline, now + self.policy.deadline_s)
         return lost
 
     def receive(self, attempt: str, report: Report) -> None:

@@ -170,8 +170,12 @@ class UpdateChunk(Letter, frozen=True, kw_only=True, tag="update-chunk"):
 
 
 class Welcome(Letter, frozen=True, kw_only=True, tag="welcome"):
-    """The hub's answer to a birth: the attempts it believes open for this device."""
+    """The hub's answer to the birth of this epoch: the attempts it believes open for this device.
 
+    A broker may deliver one of an older epoch late; what it says is out of date.
+    """
+
+    epoch: int
     open_attempts: tuple[str, ...] = ()
 
 
