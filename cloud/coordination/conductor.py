@@ -182,8 +182,9 @@ class Conductor:
         self._outbox.note(
             RoundAbandoned(run=run.plan.name, round=run.number, reason=reason, at=now)
         )
-        # Without its link the hub could hear nobody: that alone fails no run.
-        if run.abandoned_in_a_row > run.plan.policy.max_abandoned and not self._no_link:
+        # Without its link the hub could hear nobody: that fails no run that has rounds to come.
+        is_excused = bool(self._no_link) and run.number < run.plan.rounds
+        if run.abandoned_in_a_row > run.plan.policy.max_abandoned and not is_excused:
             self.end("failed", f"{run.abandoned_in_a_row} rounds in a row: {reason}", now)
 
     def end(
