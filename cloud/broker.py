@@ -2,7 +2,7 @@
 
 The configuration is generated into a folder that also keeps the broker's state, so a broker
 started again in the same folder knows its sessions. It dies with the process that started it.
-Production uses a broker that an operator runs: see docs/operations.
+Production uses a broker that an operator runs: see docs/operations.md.
 """
 
 import base64

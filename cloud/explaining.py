@@ -86,7 +86,6 @@ def _absence(device: DeviceRow, holder: Holder | None) -> str:
     reasons = {
         "lost": "its link was lost",
         "disconnected": "it said goodbye",
-        "draining": "it is being taken out of service",
     }
     if device.state != "ready":
         return reasons.get(device.state, f"it is {device.state}")
