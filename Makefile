@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HEADWATER_MOSQUITTO ?= $(CURDIR)/.cache/mosquitto
 
-.PHONY: demo test lint slow benchmarks clean
+.PHONY: demo test lint slow clean
 
 demo: $(VENV)/ready
 	$(BIN)/headwater-sim data fetch watch
