@@ -164,11 +164,16 @@ class History:
 
     def release(self, onnx: bytes) -> None:
         run = self.run
+        at = self.tick()
         release = Release(
-            run=run.plan.name, round=run.round, content=content_of(onnx), labels=("a", "b")
+            run=run.plan.name,
+            round=run.round,
+            content=content_of(onnx),
+            labels=("a", "b"),
+            serial=round(at * 1000),
         )
         self.memory.releases[run.plan.name] = release
-        self.note(f.Released(release, onnx, self.tick()))
+        self.note(f.Released(release, onnx, at))
 
     def _over(self) -> None:
         run = self.run
