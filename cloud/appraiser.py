@@ -59,14 +59,12 @@ def unappraised(store: Store, registry: Registry) -> list[Closed]:
     for run in store.runs():
         released = {entry.round for entry in registry.manifest(run.plan.name) if entry.onnx}
         newest = max(released, default=0)
-        last = last_model(run.plan, store) if run.status != "active" else None
-        for row in store.rounds(run.plan.name):
-            if row.model is None:
-                continue
-            is_last = last is not None and row.number == last.round
+        closed = [row for row in store.rounds(run.plan.name) if row.model is not None]
+        for row in closed:
+            is_last = run.status != "active" and row is closed[-1]
             due = row.number > newest and is_worth_releasing(run.plan, row.number, is_last=is_last)
             unmeasured = run.plan.evaluation is not None and not row.evaluations
-            if due or unmeasured:
+            if row.model is not None and (due or unmeasured):
                 found.append(Closed(run.plan, row.number, row.model, is_last=is_last))
     return found
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from cloud.coordination.rounds import OPEN
 from cloud.holder import Holder
 from cloud.record.queries import AttemptRow, DeviceRow, RoundRow, RunStatus
 from cloud.record.store import Store
@@ -12,7 +13,6 @@ from cloud.record.store import Store
 RECENT_ROUNDS = 10
 """How many rounds before the newest are looked at for devices that fell out."""
 
-_OPEN = ("assigned", "accepted", "training")
 _FELL_OUT = ("declined", "failed", "lost", "refused")
 
 
@@ -179,7 +179,7 @@ def _open(
     }
     found = {}
     for entry in attempts:
-        if entry.status in _OPEN:
+        if entry.status in OPEN:
             said = doing[entry.status].format(ago(now - entry.changed_at))
             why = absent.get(entry.device, "")
             found[entry.device] = f"{said}; {why}" if why else said
