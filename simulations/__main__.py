@@ -24,6 +24,7 @@ from simulations.methods import show_methods
 from simulations.peering_command import run_peers
 from simulations.report import Result, RoundResult, as_builtins
 from simulations.scenario import SHIPPED, Scenario, find_scenario, read_scenario, shipped_scenarios
+from simulations.swarm.command import run_swarm
 
 app = typer.Typer(
     help="Simulate fleets that lose devices, links, the broker and the hub.",
@@ -36,6 +37,7 @@ app.command(name="demo")(run_demo)
 app.command(name="compare")(run_comparison)
 app.command(name="peers")(run_peers)
 app.command(name="methods")(show_methods)
+app.command(name="swarm")(run_swarm)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 
