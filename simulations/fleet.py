@@ -20,6 +20,7 @@ from federation.learning.partitions import (
     mixed_partition,
     shard_partition,
 )
+from simulations.bodies import levels_of
 from simulations.bus import LinkQuality
 from simulations.data.datasets import DataSet, load
 from simulations.demo.wrist import wrist_fleet
@@ -63,7 +64,7 @@ def fleet_members(scenario: Scenario, data: FleetData) -> list[Member]:
     plan, link = scenario.device, scenario.link
     joins = {f.device: f.at_s for f in scenario.faults if isinstance(f, LateJoin)}
     quality = LinkQuality(
-        delay_s=link.delay_s, loss=link.loss, duplicates=link.duplicates, rate_bps=link.rate_bps
+        delay_s=link.delay_s, loss=link.loss, duplicates=link.duplicates, rate_bps=link.up_bps
     )
     settings = AgentSettings(
         heartbeat_s=plan.heartbeat_s, keepalive_s=plan.keepalive_s, timeout_s=plan.timeout_s
@@ -92,13 +93,8 @@ def device_names(count: int) -> list[str]:
 
 def device_levels(plan: FleetPlan) -> list[int]:
     """How much of a model each device can train, in the order of devices; 0 is all of it."""
-    if plan.level_shares:
-        rng = np.random.default_rng([plan.seed, 3])
-        shares = np.array(plan.level_shares) / sum(plan.level_shares)
-        drawn: list[int] = (1 + rng.choice(len(shares), size=plan.devices, p=shares)).tolist()
-        return drawn
-    levels = plan.levels or (0,)
-    return [levels[place % len(levels)] for place in range(plan.devices)]
+    levels: list[int] = np.resize(levels_of(plan), plan.devices).tolist()
+    return levels
 
 
 def manifest(plan: FleetPlan, data: FleetData) -> dict[str, Any]:
@@ -170,7 +166,7 @@ def _parts(plan: FleetPlan, labels: Indices, rng: np.random.Generator) -> list[I
             parts = dominant_partition(labels, devices, plan.even_share, plan.dominant, rng)
         case "groups":
             parts = group_partition(labels, devices, plan.groups, rng)
-        case "natural" | "wrist":
+        case "natural" | "wrist" | "drawn":
             raise ConfigError(
                 f"fleet.partition is {plan.partition!r}; data of a folder do not say whose they "
                 "are: use iid, shards or dirichlet"
