@@ -44,13 +44,15 @@ class AgentSettings:
 
     `timeout_s` is the first patience with an unanswered transfer. After the hub came back, a
     device says its birth within `birth_spread_s`, drawn at random, so that a fleet does not
-    speak all at once.
+    speak all at once. A device that shares its memory with the hub, in a simulation, sends
+    updates of any size within one letter, and named after their attempt, not by their digest.
     """
 
     heartbeat_s: float = 30.0
     keepalive_s: float = 30.0
     timeout_s: float = 10.0
     birth_spread_s: float = 0.5
+    shares_memory: bool = False
 
 
 class Agent:
@@ -82,7 +84,9 @@ class Agent:
         self._deadline = float("inf")
         self._wanted: m.Release | None = None
         self._fetching = Fetching(held.parts, settings.timeout_s)
-        self._outgoing = Outgoing(held.updates, settings.timeout_s)
+        self._outgoing = Outgoing(
+            held.updates, settings.timeout_s, shares_memory=settings.shares_memory
+        )
         self._birth_at = self._heartbeat_at = float("inf")
         self._started_at = 0.0
         self._out: Effects = []

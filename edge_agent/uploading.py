@@ -5,13 +5,16 @@ from collections.abc import Iterator, Mapping
 from edge_agent.facts import Memory, UpdateKept
 from federation.protocol.effects import Send, Trained
 from federation.protocol.messages import INLINE_BYTES, UpdateAck, UpdateChunk, UpdateOpen
-from federation.protocol.transfer import Upload, chunk_size, content_of
+from federation.protocol.transfer import Upload, chunk_size, content_named, content_of
 
 
 class Outgoing:
     """The updates that are kept, and the state of their transfers, by attempt."""
 
-    def __init__(self, kept: Mapping[str, UpdateKept], timeout_s: float) -> None:
+    def __init__(
+        self, kept: Mapping[str, UpdateKept], timeout_s: float, *, shares_memory: bool = False
+    ) -> None:
+        self._shares_memory = shares_memory
         self._kept = dict(kept)
         self._timeout_s = timeout_s
         self._uploads = {attempt: self._upload(update) for attempt, update in kept.items()}
@@ -42,9 +45,12 @@ class Outgoing:
     ) -> UpdateKept:
         """Take a finished update in, cut for the link as it has been of late."""
         size = chunk_size(link_bps=self._link_bps, keepalive_s=keepalive_s, max_payload=max_payload)
-        if len(trained.update) <= INLINE_BYTES:
-            size = max(len(trained.update), 1)
-        content = content_of(trained.update, size)
+        if self._shares_memory:
+            content = content_named(trained.attempt, trained.update, size)
+        else:
+            if len(trained.update) <= INLINE_BYTES:
+                size = max(len(trained.update), 1)
+            content = content_of(trained.update, size)
         update = UpdateKept(trained.attempt, content, trained.report, trained.update, memory)
         self._kept[trained.attempt] = update
         self._uploads[trained.attempt] = self._upload(update)
@@ -93,7 +99,7 @@ class Outgoing:
         return kept
 
     def _opening(self, update: UpdateKept, device: str) -> Send:
-        small = update.content.size <= INLINE_BYTES
+        small = self._shares_memory or update.content.size <= INLINE_BYTES
         letter = UpdateOpen(
             attempt=update.attempt,
             content=update.content,

@@ -1,5 +1,6 @@
 """The question every selector answers: which of the devices that are there shall train?"""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -10,22 +11,35 @@ from federation.protocol.messages import Capability
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A device that could train now."""
+class Candidates:
+    """The devices that could train now.
 
-    device: str
-    capability: Capability
+    `names` are in order, and may be a million: take what you need by its place. `capability`
+    gives what one of them said of itself.
+    """
+
+    names: Sequence[str]
+    capability: Callable[[str], Capability]
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Who is asked, and for every candidate that is not, why."""
+    """Who is asked, and why the other candidates are not.
+
+    `excluded` gives some candidates a reason of their own; `otherwise` is that of all others.
+    """
 
     chosen: tuple[str, ...]
     excluded: dict[str, str] = field(default_factory=dict)
+    otherwise: str = "not chosen"
+
+    def reasons(self, candidates: int) -> dict[str, int]:
+        """How many of so many candidates are not asked, by reason."""
+        others = candidates - len(self.chosen) - len(self.excluded)
+        return dict(Counter(self.excluded.values()) + Counter({self.otherwise: others}))
 
 
-Selector: TypeAlias = Callable[[Sequence[Candidate], int, int, np.random.Generator], Selection]
+Selector: TypeAlias = Callable[[Candidates, int, int, np.random.Generator], Selection]
 """(candidates, count, round, rng): chooses at most `count` of the candidates for this round.
 
 The generator is the round's own.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from optimizer.problem import Candidate, Selection, Selector
+from optimizer.problem import Candidates, Selection, Selector
 from simulations.tables import AvailabilityPlan
 from simulations.world import draws_of
 
@@ -40,13 +40,13 @@ def select_available(
         return select
 
     def choose(
-        candidates: Sequence[Candidate], count: int, number: int, rng: np.random.Generator
+        candidates: Candidates, count: int, number: int, rng: np.random.Generator
     ) -> Selection:
         on = available(plan, devices, seed, number)
-        there = [candidate for candidate in candidates if candidate.device in on]
-        away = [candidate.device for candidate in candidates if candidate.device not in on]
-        selection = select(there, count, number, rng)
+        there = [name for name in candidates.names if name in on]
+        away = [name for name in candidates.names if name not in on]
+        selection = select(Candidates(there, candidates.capability), count, number, rng)
         excluded = dict.fromkeys(away, "not available in this round")
-        return Selection(selection.chosen, selection.excluded | excluded)
+        return Selection(selection.chosen, selection.excluded | excluded, selection.otherwise)
 
     return choose

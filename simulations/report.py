@@ -177,7 +177,7 @@ class Ledger:
             opened_s=opened.at,
             closed_s=at,
             asked=len(opened.attempts),
-            not_asked=dict(Counter(opened.excluded.values())),
+            not_asked=dict(Counter(opened.excluded.values()) + Counter(opened.unnamed)),
             devices=devices,
             dropped=tuple(self._drop(device) for device in missing),
             interruptions=self._interruptions,

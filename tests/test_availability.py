@@ -10,7 +10,7 @@ import pytest
 from federation.errors import ConfigError
 from federation.protocol.messages import Capability
 from optimizer.baselines import select_uniformly
-from optimizer.problem import Candidate
+from optimizer.problem import Candidates
 from simulations.availability import available, select_available
 from simulations.fleet import fleet_data, fleet_members
 from simulations.scenario import Scenario
@@ -81,7 +81,7 @@ def test_who_is_away_is_not_asked_and_the_reason_is_told():
     """The selector chooses among those that are on, and excludes the rest by name."""
     plan = AvailabilityPlan(kind="bernoulli", q=0.5)
     select = select_available(select_uniformly, plan, FLEET, 7)
-    candidates = [Candidate(name, Capability(agent="test")) for name in FLEET]
+    candidates = Candidates(FLEET, lambda _: Capability(agent="test"))
 
     chosen = select(candidates, 4, 1, np.random.default_rng(0))
 
@@ -90,7 +90,11 @@ def test_who_is_away_is_not_asked_and_the_reason_is_told():
     assert len(chosen.chosen) == 4
     away = {n for n, why in chosen.excluded.items() if why == "not available in this round"}
     assert away == set(FLEET) - there
-    assert chosen.excluded.keys() == set(FLEET) - set(chosen.chosen)
+    others = len(there) - 4
+    assert chosen.reasons(len(FLEET)) == {
+        "not available in this round": len(away),
+        f"not drawn: the round asks 4 of the {len(there)} that are there": others,
+    }
 
 
 def test_a_run_asks_just_the_devices_that_are_on(tmp_path):

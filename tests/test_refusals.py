@@ -17,7 +17,8 @@ from cloud.coordination.facts import (
 from federation.errors import ProtocolError
 from federation.protocol import codec
 from federation.protocol import messages as m
-from federation.protocol.transfer import content_of, indices_in
+from federation.protocol.bitmap import indices_in
+from federation.protocol.transfer import content_of
 from tests.rooms import Room, chunks, encoded, run_plan, value, weights
 
 

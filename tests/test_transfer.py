@@ -10,18 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from federation.errors import TransferError
+from federation.protocol.bitmap import bitmap, indices_in
 from federation.protocol.messages import Content
 from federation.protocol.transfer import (
     MAX_WINDOW,
     Download,
     Incoming,
     Upload,
-    bitmap,
     check_content,
     chunk_size,
     content_of,
     cut,
-    indices_in,
 )
 
 TIMEOUT_S = 10.0

@@ -7,6 +7,7 @@ to do, and why.
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Literal
 
 from cloud.coordination.facts import (
@@ -23,7 +24,7 @@ from cloud.coordination.rounds import OPEN, Attempt, Status, Wait
 from cloud.coordination.run import ActiveRun, attempt_id, parse_attempt
 from federation.protocol import messages as m
 from federation.protocol.effects import Link
-from optimizer.problem import Candidate, Selector
+from optimizer.problem import Selection, Selector
 
 RESEND_S = 10.0
 """How long an assignment may stay unanswered before it is sent again."""
@@ -34,6 +35,9 @@ round is over is the hub's matter, and a straggler shall not give up before its 
 
 MAX_CHANGES = 20
 """So many changes of one attempt are recorded; a device that toggles on fills no record."""
+
+MAX_NAMED = 1000
+"""In a larger fleet not everybody who is not asked is named in the record."""
 
 WAIT_RECORD_S = 1.0
 """A wait whose reason changes is written down at most this often."""
@@ -86,23 +90,19 @@ class Conductor:
 
     def _open_round(self, run: ActiveRun, now: float) -> bool:
         """Open the next round if enough devices are there, or the wait for them is over."""
-        policy, devices = run.plan.policy, self._fleet.devices
-        reasons = {name: self._fleet.why_not(name) for name in devices}
-        there = [name for name, reason in reasons.items() if not reason]
+        policy, candidates = run.plan.policy, self._fleet.candidates
+        there = len(candidates.names)
         if run.gathering_since is None:
             run.gathering_since = now
         waited_enough = now >= run.gathering_since + policy.gather_s
-        if not self._are_enough(run, len(there)) and not (
-            waited_enough and len(there) >= policy.quorum
-        ):
+        if not self._are_enough(run, there) and not (waited_enough and there >= policy.quorum):
             if waited_enough:
-                self._gather_again(run, len(there), now)
+                self._gather_again(run, there, now)
             return False
-        candidates = [Candidate(name, devices[name].capability) for name in sorted(there)]
         selection = self._select(candidates, policy.wanted, run.number + 1, run.rng())
-        levels = {name: devices[name].capability.level for name in selection.chosen}
+        excluded, unnamed = self._excluded(selection)
+        levels = {name: self._fleet.level(name) for name in selection.chosen}
         opened = run.open_round(levels, now)
-        excluded = {name: reason for name, reason in reasons.items() if reason}
         self._outbox.note(
             RoundOpened(
                 run=run.plan.name,
@@ -110,7 +110,8 @@ class Conductor:
                 base=run.content.digest,
                 deadline=opened.deadline,
                 attempts=tuple(opened.attempts.values()),
-                excluded=excluded | selection.excluded,
+                excluded=excluded,
+                unnamed=unnamed,
                 at=now,
             )
         )
@@ -120,10 +121,21 @@ class Conductor:
             self.assign(entry, now)
         return True
 
+    def _excluded(self, selection: Selection) -> tuple[dict[str, str], dict[str, int]]:
+        """Who is not asked and why: by name, or in a large fleet by how many for each reason."""
+        fleet, chosen = self._fleet, set(selection.chosen)
+        absent = islice(fleet.others, MAX_NAMED)
+        named = {name: fleet.why_not(name) for name in absent} | selection.excluded
+        if len(fleet) <= MAX_NAMED:
+            rest = (n for n in fleet.candidates.names if n not in chosen and n not in named)
+            return named | dict.fromkeys(rest, selection.otherwise), {}
+        left = len(fleet) - len(chosen) - len(named)
+        return named, {selection.otherwise: left} if left else {}
+
     def _are_enough(self, run: ActiveRun, there: int) -> bool:
         """Whether a round may open at once: devices busy with a late update are not waited for."""
         policy = run.plan.policy
-        busy = sum(1 for entry in self._fleet.devices.values() if entry.task is not None)
+        busy = len(self._fleet.busy)
         return there >= policy.wanted or (
             there >= policy.devices_per_round and there + busy >= policy.wanted
         )
@@ -144,7 +156,7 @@ class Conductor:
         until = policy.gather_s + (now if run.gathering_since is None else run.gathering_since)
 
         def describe(_: float) -> Wait:
-            there = sum(1 for name in self._fleet.devices if not self._fleet.why_not(name))
+            there = len(self._fleet.candidates.names)
             reason = f"{there} of {policy.wanted} devices are there, quorum is {policy.quorum}"
             return Wait("devices", reason, until)
 
@@ -199,10 +211,9 @@ class Conductor:
         told = f"the run is over: {reason}"
         self.cancel_rest(told, now, everybody=True)
         self._outbox.note(RunEnded(run=run.plan.name, status=status, reason=reason, at=now))
-        for device, entry in self._fleet.devices.items():
-            if entry.task is not None:
-                self._outbox.say(m.Cancel(attempt=entry.task, reason=told), device)
-                self.free(device, entry.task)
+        for device, task in self._fleet.busy:
+            self._outbox.say(m.Cancel(attempt=task, reason=told), device)
+            self._fleet.free(device, task)
         self.run = None
 
     def assign(self, entry: Attempt, now: float) -> None:
@@ -214,7 +225,7 @@ class Conductor:
         assignment = run.assignment(entry, late_s if run.keeps_late else run.round.deadline - now)
         if assignment.inline is not None:
             run.bytes_down += len(assignment.inline)
-        self._fleet.devices[entry.device].task = entry.attempt
+        self._fleet.employ(entry.device, entry.attempt)
         self._outbox.say(assignment, entry.device)
         self._resend_at = min(self._resend_at, now + RESEND_S)
 
@@ -256,12 +267,6 @@ class Conductor:
             for entry in run.round.restart(now):
                 self._note_change(run.plan.name, run.number, entry, now)
 
-    def free(self, device: str, attempt: str) -> None:
-        """This attempt is over for its device: it may be asked again."""
-        entry = self._fleet.devices.get(device)
-        if entry is not None and entry.task == attempt:
-            entry.task, entry.progress = None, 0.0
-
     def mark(self, attempt: str, status: Status, reason: str, now: float) -> None:
         """Note what became of an attempt, where it is of the open round and that is news."""
         parsed = parse_attempt(attempt)
@@ -269,7 +274,7 @@ class Conductor:
             return
         run, number, device = parsed
         if status not in OPEN:
-            self.free(device, attempt)
+            self._fleet.free(device, attempt)
         opened = self.run.round if self.run is not None else None
         if opened is not None and opened.mark(attempt, status, reason, now):
             self._note_change(run, number, opened.attempts[attempt], now)

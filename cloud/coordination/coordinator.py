@@ -44,7 +44,11 @@ SMALLEST_SERVED_BYTES = 1024
 
 
 class Coordinator:
-    """Coordinates one fleet. `read_content` gives a released or older model by its digest."""
+    """Coordinates one fleet. `read_content` gives a released or older model by its digest.
+
+    Where hub and devices share their memory, contents of any size ride along in letters, and
+    nothing is checked that could only be damaged on a real way.
+    """
 
     def __init__(
         self,
@@ -52,12 +56,20 @@ class Coordinator:
         *,
         select: Selector,
         read_content: Callable[[str], bytes | None],
+        shares_memory: bool = False,
     ) -> None:
         self.fleet = Fleet(memory.devices)
         self._outbox = Outbox()
-        run = ActiveRun(memory.run) if memory.run else None
+        self._shares_memory = shares_memory
+        run = ActiveRun(memory.run, shares_memory=shares_memory) if memory.run else None
         self._conductor = Conductor(run, fleet=self.fleet, select=select, outbox=self._outbox)
-        self._intake = Intake(memory, conductor=self._conductor, outbox=self._outbox)
+        self._intake = Intake(
+            memory,
+            fleet=self.fleet,
+            conductor=self._conductor,
+            outbox=self._outbox,
+            shares_memory=shares_memory,
+        )
         self._releases = dict(memory.releases)
         self._read_content = read_content
 
@@ -93,10 +105,10 @@ class Coordinator:
                 self._on_birth(device, envelope.epoch, letter, now)
             case m.Presence():
                 self._on_presence(device, envelope.epoch, letter, now)
-            case _ if device not in self.fleet.devices:
+            case _ if device not in self.fleet:
                 self._outbox.say(m.Rebirth(reason="the hub does not know this device"), device)
             case m.Heartbeat():
-                self.fleet.devices[device].progress = letter.progress
+                self.fleet.advance(device, letter.progress)
             case m.TaskEvent():
                 if self._intake.owns(device, letter.attempt, now):
                     self._conductor.mark(letter.attempt, letter.event, letter.reason, now)
@@ -121,7 +133,8 @@ class Coordinator:
     def open_run(self, plan: RunPlan, model: bytes, now: float) -> Effects:
         """Begin a run from these encoded initial weights; one run is active at a time."""
         content = content_of(model, CHUNK_BYTES)
-        self._conductor.run = ActiveRun(RunMemory(plan=plan, content=content, model=model))
+        memory = RunMemory(plan=plan, content=content, model=model)
+        self._conductor.run = ActiveRun(memory, shares_memory=self._shares_memory)
         self._outbox.note(RunOpened(run=plan.name, content=content, model=model, at=now))
         return self._finish(now)
 
@@ -157,7 +170,7 @@ class Coordinator:
         working = birth.working
         if working is not None and self._intake.awaits(device, working):
             # What the Welcome does not list, the device drops: then it is no task of it.
-            self.fleet.devices[device].task = working
+            self.fleet.employ(device, working)
             listed += [working] if working not in listed else []
         for entry in mine:
             if entry.attempt == birth.working or entry.attempt in birth.finished:

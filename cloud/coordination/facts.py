@@ -64,6 +64,7 @@ class RoundOpened:
     attempts: tuple[Attempt, ...]
     excluded: dict[str, str]
     at: float
+    unnamed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

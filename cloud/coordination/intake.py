@@ -12,6 +12,7 @@ from cloud.coordination.facts import (
     UpdateAccepted,
     UpdateRefused,
 )
+from cloud.coordination.fleet import Fleet
 from cloud.coordination.outbox import Outbox
 from cloud.coordination.run import REMEMBERED_ROUNDS, Contribution, parse_attempt
 from federation.errors import CodecError, TransferError
@@ -22,7 +23,17 @@ from federation.protocol.messages import Verdict
 class Intake:
     """All updates on their way, and the verdicts on those of recent rounds."""
 
-    def __init__(self, memory: HubMemory, *, conductor: Conductor, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        memory: HubMemory,
+        *,
+        fleet: Fleet,
+        conductor: Conductor,
+        outbox: Outbox,
+        shares_memory: bool,
+    ) -> None:
+        self._fleet = fleet
+        self._shares_memory = shares_memory
         self._uploads = up.Uploads(memory.uploads)
         self._settled: dict[str, Verdict] = dict(memory.run.settled) if memory.run else {}
         self._oldest_settled = 0
@@ -42,7 +53,9 @@ class Intake:
         try:
             up.check_announced(letter, self._largest_update())
             upload = self._uploads.open(letter)
-            if letter.inline is not None:
+            if letter.inline is not None and self._shares_memory:
+                self._take_whole(upload, letter.inline)
+            elif letter.inline is not None:
                 self._take(upload, up.inline_chunk(letter))
         except TransferError as error:
             digest = letter.content.digest
@@ -82,6 +95,11 @@ class Intake:
             )
         )
 
+    def _take_whole(self, upload: up.Upload, data: bytes) -> None:
+        upload.incoming.fill(data)
+        if self._conductor.run is not None:
+            self._conductor.run.bytes_up += len(data)
+
     def _after_arrival(self, device: str, attempt: str, upload: up.Upload, now: float) -> None:
         if upload.incoming.is_complete:
             self._complete(device, attempt, upload, now)
@@ -111,7 +129,7 @@ class Intake:
         run.contribute(Contribution(attempt, device, number, update, upload.report))
         if run.round is not None and attempt in run.round.attempts:
             run.round.receive(attempt, upload.report)
-        self._conductor.free(device, attempt)
+        self._fleet.free(device, attempt)
         self._uploads.forget(attempt)
         self._settle(attempt, "stored")
         self._outbox.note(
@@ -138,7 +156,7 @@ class Intake:
             return True
         if attempt not in self._settled:
             # Nothing is kept of an invented name but a bounded number of refusals.
-            self._conductor.free(device, attempt)
+            self._fleet.free(device, attempt)
             self._outbox.refuse(device, reason, now)
         self._acknowledge(device, attempt, digest, verdict, reason)
         return True
@@ -193,7 +211,7 @@ class Intake:
     def _refuse(
         self, device: str, attempt: str, digest: str, verdict: Verdict, reason: str, now: float
     ) -> None:
-        self._conductor.free(device, attempt)
+        self._fleet.free(device, attempt)
         self._uploads.forget(attempt)
         self._settle(attempt, verdict)
         self._outbox.note(

@@ -1,5 +1,6 @@
 """The active run: its newest model, its open round, and how updates become the next model."""
 
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Contribution:
 class ActiveRun:
     """A run between its start and its end. `number` is the open round, or the last one."""
 
-    def __init__(self, memory: RunMemory) -> None:
+    def __init__(self, memory: RunMemory, *, shares_memory: bool = False) -> None:
         self.plan: RunPlan = memory.plan
         self.content: Content = memory.content
         self.model: bytes = memory.model
@@ -78,6 +79,8 @@ class ActiveRun:
         self.bytes_up, self.bytes_down = memory.bytes_up, memory.bytes_down
         self.gathering_since: float | None = None
         self._asked = dict(memory.asked)
+        self._inline_bytes = sys.maxsize if shares_memory else INLINE_BYTES
+        self._plans: dict[str, LocalPlan] = {}
         self.round: Round | None = None
         if memory.is_open:
             self.round = Round(
@@ -125,7 +128,7 @@ class ActiveRun:
 
     def assignment(self, attempt: Attempt, remaining_s: float) -> Assignment:
         """The letter that asks a device to train in the open round."""
-        small = self.content.size <= INLINE_BYTES
+        small = self.content.size <= self._inline_bytes
         return Assignment(
             attempt=attempt.attempt,
             run=self.plan.name,
@@ -138,6 +141,12 @@ class ActiveRun:
 
     def local_plan(self, device: str) -> LocalPlan:
         """How this device trains in the open round."""
+        plan = self._plans.get(device)
+        if plan is None:
+            plan = self._plans[device] = self._plan_for(device)
+        return plan
+
+    def _plan_for(self, device: str) -> LocalPlan:
         training, part = self.plan.training, self._part(device)
         # A device's name is part of its seed, so no two devices draw the same batches, and a
         # device draws the same ones whoever else takes part.
@@ -166,6 +175,7 @@ class ActiveRun:
 
     def _divide(self) -> dict[str, Part]:
         """The part of each device in the open round; one rule decides for all at once."""
+        self._plans = {}
         if self.round is None:
             return {}
         levels = {entry.device: entry.level for entry in self.round.attempts.values()}
@@ -229,7 +239,7 @@ class ActiveRun:
         self.content = content_of(self.model, CHUNK_BYTES)
         self._contributions = {}
         self.abandoned_in_a_row = 0
-        self.round, self._parts = None, {}
+        self.round, self._parts, self._plans = None, {}, {}
 
     def _proposal(self, kept: Contribution) -> Weights:
         """The weights an update proposes (semantics 18).
@@ -247,7 +257,7 @@ class ActiveRun:
         self._contributions = {
             name: kept for name, kept in self._contributions.items() if kept.round < self.number
         }
-        self.round, self._parts = None, {}
+        self.round, self._parts, self._plans = None, {}, {}
 
 
 def _sum_reports(reports: Mapping[str, Report]) -> Report:

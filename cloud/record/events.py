@@ -54,7 +54,7 @@ def event_of(fact: f.HubFact) -> dict[str, Any]:
         said["capability"] = bounded_capability(fact.capability)
     if isinstance(fact, f.RoundOpened):
         said["attempts"] = [entry.device for entry in fact.attempts]
-        said["excluded"] = len(fact.excluded)
+        said["excluded"] = len(fact.excluded) + sum(said.pop("unnamed").values())
     return row | {"detail": _tamed(msgspec.to_builtins(said))}
 
 

@@ -8,6 +8,8 @@ is what the device wanted to say minus what the hub decodes, so nothing of the c
 left out of it by mistake.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +25,7 @@ from federation.protocol.codec import (
     encode,
 )
 from federation.protocol.compact import LARGEST
+from federation.protocol.in_place import InPlace
 from federation.protocol.messages import LocalPlan, Uplink
 
 
@@ -49,11 +52,18 @@ def check_uplink(uplink: Uplink) -> None:
 
 
 def pack_update(
-    trained: Weights, base: Weights, plan: LocalPlan, residual: Weights, state: Weights
+    trained: Weights,
+    base: Weights,
+    plan: LocalPlan,
+    residual: Weights,
+    state: Weights,
+    *,
+    in_place: bool = False,
 ) -> tuple[bytes, Weights]:
     """The bytes of an update, and the residual to hand in at the next training.
 
-    With the default uplink the bytes are those of the trained weights, to the last bit.
+    With the default uplink the bytes are those of the trained weights, to the last bit; and
+    only then `in_place` has the tensors themselves stand in for their bytes.
 
     Args:
         trained: the local model. Tensors that the base lacks never travel; the others may
@@ -63,6 +73,7 @@ def pack_update(
         residual: what the last packing left, by tensor. What it holds of tensors the local
             model lacks this time stays in the new one; what has another shape is forgotten.
         state: the method's tensors, which travel beside the model, dense and in full.
+        in_place: whether hub and device share their memory.
 
     Returns:
         The new residual is empty unless the plan asks for one; else it covers all tensors
@@ -82,14 +93,7 @@ def pack_update(
         for name in shared
     }
     sent = choose_layers(wanted, plan.layers)
-    kept = {name: _largest(tensor, plan.uplink.top_k) for name, tensor in sent.items()}
-    data = encode(
-        {**sent, **state},
-        encoding=plan.uplink.encoding,
-        kept=kept if plan.uplink.top_k < 1.0 else None,
-        compact=True,
-        seed=plan.seed,
-    )
+    data = _packed({**sent, **state}, plan, in_place=in_place)
     if not plan.uplink.residual:
         return data, {}
     heard = decode(data, like=origin, sparse=True)
@@ -98,6 +102,25 @@ def pack_update(
     left = {n: _finite(n, np.subtract, wanted[n], heard.get(n, assumed[n])) for n in wanted}
     absent = {n: t for n, t in owed.items() if n in base and n not in wanted}
     return data, {**absent, **left}
+
+
+def _packed(sent: Weights, plan: LocalPlan, *, in_place: bool) -> bytes:
+    uplink = plan.uplink
+    if in_place and uplink.encoding == "dense" and uplink.top_k == 1.0:
+        return InPlace(sent, _dense_size(tuple((n, t.shape) for n, t in sent.items()))).as_bytes()
+    kept = {n: _largest(t, uplink.top_k) for n, t in model_part(sent).items()}
+    return encode(
+        sent,
+        encoding=uplink.encoding,
+        kept=kept if uplink.top_k < 1.0 else None,
+        compact=True,
+        seed=plan.seed,
+    )
+
+
+@lru_cache(maxsize=64)
+def _dense_size(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
+    return len(encode({name: np.zeros(shape, np.float32) for name, shape in shapes}))
 
 
 def unpack_update(

@@ -8,8 +8,8 @@ in its header under `headwater`, as JSON:
   not in the result either.
 - *masked*: of a tensor only the entries its mask keeps are there, in C order. Both sides
   hold the mask; the header carries its digest, so two different masks are noticed.
-- *int8*: one byte an entry and one scale a tensor, rounded stochastically without bias.
-  The method's tensors, those with a slash in their name, are never rounded.
+- *int8*: one byte an entry and one scale a tensor, rounded stochastically without bias. The
+  method's tensors, those with a slash in their name, are never rounded.
 - *compact*: one run of bytes, of a tensor of which only some entries travel, or of int8 that
   deflates well (`compact`). What is not in it is zero, so this is for differences. It is read
   only by who says how large the tensor may be.
@@ -39,6 +39,7 @@ from federation.protocol.compact import (
     scatter,
     squeeze,
 )
+from federation.protocol.in_place import InPlace
 
 Array: TypeAlias = NDArray[Any]
 Weights: TypeAlias = dict[str, NDArray[np.float32]]
@@ -49,12 +50,10 @@ MAX_HEADER_BYTES = 256 * 1024
 """No longer header is parsed: enough for some two thousand tensors."""
 
 MAX_DIMENSIONS = 8
-
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}")
 """What a tensor may be called."""
 
-_FACTS = "headwater"
-_RESERVED = "__metadata__"
+_FACTS, _RESERVED = "headwater", "__metadata__"
 _DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "I8": np.int8}
 
 
@@ -123,7 +122,7 @@ def encode(
 
 
 def decode(
-    payload: bytes,
+    payload: bytes | InPlace,
     masks: Masks | None = None,
     like: Mapping[str, Array] | None = None,
     *,
@@ -132,7 +131,7 @@ def decode(
     """The weights in these bytes, as arrays of their own, ordered by name.
 
     Args:
-        payload: what `encode` gave, on whatever machine.
+        payload: what `encode` gave, on whatever machine; or tensors that stayed in place.
         masks: the masks of the tensors that travelled masked; others are not looked at.
             Entries a mask drops do not live in the model: they come back as zero.
         like: tensors as large as the reader allows: these may be compact, and no larger in
@@ -144,6 +143,8 @@ def decode(
         CodecError: bytes that are not a payload, whole and of this format, a mask that is
             missing or is not the sender's, or a compact tensor that is not allowed.
     """
+    if isinstance(payload, InPlace):
+        return dict(payload.tensors)
     tensors, text = unpack(payload)
     facts = _facts_from_json(text)
     described = facts.scales.keys() | facts.masks.keys() | facts.compact.keys()

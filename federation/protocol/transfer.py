@@ -7,13 +7,14 @@ the link, the receiver says by bitmap what it has recorded and only the rest tra
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from itertools import islice
 from math import exp
 from types import MappingProxyType
 
 from federation.errors import TransferError
+from federation.protocol.bitmap import from_bytes, full, ones, to_bytes
 from federation.protocol.messages import Content
 
 DEFAULT_CHUNK_BYTES = 64 * 1024
@@ -41,6 +42,12 @@ def content_of(data: bytes, chunk_bytes: int) -> Content:
     """The manifest of these bytes."""
     content = Content(digest=sha256(data).hexdigest(), size=len(data), chunk_bytes=chunk_bytes)
     return check_content(content)
+
+
+def content_named(name: str, data: bytes, chunk_bytes: int) -> Content:
+    """The manifest of bytes that are named, not hashed: good where nothing can damage them."""
+    digest = sha256(name.encode()).hexdigest()
+    return check_content(Content(digest=digest, size=len(data), chunk_bytes=chunk_bytes))
 
 
 def check_content(content: Content) -> Content:
@@ -81,19 +88,6 @@ def chunk_size(*, link_bps: float, keepalive_s: float, max_payload: int) -> int:
     return min(max(wanted, SMALLEST_CHUNK_BYTES), ceiling)
 
 
-def bitmap(indices: Iterable[int], count: int) -> bytes:
-    """The indices below `count` as bits: bit n of byte n // 8, lowest first."""
-    bits = 0
-    for index in indices:
-        bits |= 1 << index
-    return _pack(bits & _all(count), count)
-
-
-def indices_in(bitmap: bytes, count: int) -> frozenset[int]:
-    """The indices set in a bitmap; bits from `count` on are ignored, absent ones are unset."""
-    return frozenset(_ones(_unpack(bitmap, count)))
-
-
 def cut(data: bytes, content: Content, index: int) -> tuple[int, bytes]:
     """The CRC-32 of a chunk, and the chunk.
 
@@ -112,15 +106,16 @@ class Incoming:
     def __init__(self, content: Content, parts: Mapping[int, bytes] = _NOTHING):
         """Begin, or go on from recorded parts; a part that does not fit is fetched again."""
         self.content = check_content(content)
+        self._whole: bytes | None = None
         self._parts = {i: data for i, data in parts.items() if len(data) == _length(content, i)}
-        self._missing = _all(content.chunks)
+        self._missing = full(content.chunks)
         for index in self._parts:
             self._missing ^= 1 << index
 
     @property
     def received(self) -> bytes:
         """A bitmap of the chunks that arrived."""
-        return _pack(_all(self.content.chunks) ^ self._missing, self.content.chunks)
+        return to_bytes(full(self.content.chunks) ^ self._missing, self.content.chunks)
 
     @property
     def is_complete(self) -> bool:
@@ -130,7 +125,17 @@ class Incoming:
     @property
     def missing(self) -> Iterator[int]:
         """The indices that did not arrive yet, in order."""
-        return _ones(self._missing)
+        return ones(self._missing)
+
+    def fill(self, data: bytes) -> None:
+        """Take the whole from a sender that shares its memory: nothing can have damaged it.
+
+        Raises:
+            TransferError: it is of another length than announced.
+        """
+        if len(data) != self.content.size:
+            raise TransferError(_other_length(self.content, len(data)))
+        self._whole, self._missing = data, 0
 
     def add(self, index: int, crc32: int, data: bytes) -> bool:
         """Keep a chunk; True if it is new.
@@ -167,6 +172,8 @@ class Incoming:
                 f"content {self.content.digest[:12]} lacks {self._missing.bit_count()} chunks: "
                 "transfer them first"
             )
+        if self._whole is not None:
+            return self._whole
         data = b"".join(self._parts[index] for index in range(self.content.chunks))
         if sha256(data).hexdigest() != self.content.digest:
             raise TransferError(
@@ -265,10 +272,10 @@ class Upload:
 
     def __init__(self, content: Content, data: bytes, *, window: int = 4, timeout_s: float = 10.0):
         if len(data) != check_content(content).size:
-            raise TransferError(f"content names {content.size} bytes; {len(data)} are here")
+            raise TransferError(_other_length(content, len(data)))
         self.content = content
         self._data = data
-        self._unacked = _all(content.chunks)
+        self._unacked = full(content.chunks)
         self._in_flight: dict[int, float] = {}
         self._window = float(window)
         self._patience = _Patience(timeout_s)
@@ -306,13 +313,13 @@ class Upload:
 
     def on_ack(self, received: bytes, now: float) -> list[int]:
         """The chunks to send now (see `chunk`), given a bitmap of those received."""
-        lacking = _all(self.content.chunks) & ~_unpack(received, self.content.chunks)
+        lacking = full(self.content.chunks) & ~from_bytes(received, self.content.chunks)
         fresh = self._unacked & ~lacking
         self._unacked = lacking if self._is_in_doubt else self._unacked & lacking
         self._is_in_doubt = False
         if self._since is None:
             return []
-        delays_s = [now - self._in_flight.pop(i) for i in _ones(fresh) if i in self._in_flight]
+        delays_s = [now - self._in_flight.pop(i) for i in ones(fresh) if i in self._in_flight]
         if delays_s:
             self._measure(len(delays_s), now)
         for delay_s in delays_s:
@@ -364,7 +371,7 @@ class Upload:
 
     def _fill(self, now: float) -> list[int]:
         free = max(int(self._window) - len(self._in_flight), 0)
-        waiting = (i for i in _ones(self._unacked) if i not in self._in_flight)
+        waiting = (i for i in ones(self._unacked) if i not in self._in_flight)
         sending = list(islice(waiting, free))
         self._in_flight.update(dict.fromkeys(sending, now))
         return sending
@@ -376,24 +383,9 @@ def _length(content: Content, index: int) -> int:
     return min(content.chunk_bytes, content.size - index * content.chunk_bytes)
 
 
+def _other_length(content: Content, size: int) -> str:
+    return f"content names {content.size} bytes; {size} are here: name what is sent"
+
+
 def _no_such_chunk(content: Content, index: int) -> str:
     return f"chunk {index} of {content.digest[:12]} is out of range; it has {content.chunks} chunks"
-
-
-def _all(count: int) -> int:
-    return (1 << count) - 1
-
-
-def _pack(bits: int, count: int) -> bytes:
-    return bits.to_bytes(-(-count // 8), "little")
-
-
-def _unpack(bitmap: bytes, count: int) -> int:
-    return int.from_bytes(bitmap[: -(-count // 8)], "little") & _all(count)
-
-
-def _ones(bits: int) -> Iterator[int]:
-    while bits:
-        lowest = bits & -bits
-        yield lowest.bit_length() - 1
-        bits ^= lowest

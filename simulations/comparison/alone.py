@@ -1,7 +1,6 @@
 """The control of every comparison: each device trains by itself, and nothing is exchanged."""
 
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -13,7 +12,7 @@ from federation.learning.training import train_locally
 from federation.protocol.codec import Weights
 from federation.protocol.messages import Capability, LocalPlan, ModelSpec
 from optimizer.baselines import select_uniformly
-from optimizer.problem import Candidate, Selection
+from optimizer.problem import Candidates, Selection
 from simulations.availability import select_available
 from simulations.fleet import FleetData, device_levels
 from simulations.report import Result, RoundResult, versions
@@ -74,10 +73,8 @@ def local_plan(plan: RunPlan, spec: ModelSpec, number: int, device: str) -> Loca
 def _select(scenario: Scenario, data: FleetData, number: int) -> Selection:
     devices, plan = list(data.devices), scenario.run
     levels = device_levels(scenario.fleet)
-    candidates = [
-        Candidate(name, Capability(agent="alone", level=level))
-        for name, level in zip(devices, levels, strict=True)
-    ]
+    level_of = dict(zip(devices, levels, strict=True))
+    candidates = Candidates(devices, lambda name: Capability(agent="alone", level=level_of[name]))
     select = select_available(select_uniformly, scenario.availability, devices, scenario.seed)
     rng = np.random.default_rng([plan.seed, number])
     return select(candidates, plan.policy.wanted, number, rng)
@@ -92,7 +89,7 @@ def _row(
         opened_s=0.0,
         closed_s=0.0,
         asked=len(selection.chosen),
-        not_asked=dict(Counter(selection.excluded.values())),
+        not_asked=selection.reasons(len(tallies)),
         devices=selection.chosen,
         training_loss=losses.mean_loss if losses.samples else None,
         accuracy=float(np.mean([tally.accuracy for tally in tallies.values()])),
