@@ -6,6 +6,7 @@ from collections.abc import Callable
 from cloud.coordination.facts import HubFact, RoundOpened
 from federation.errors import ConfigError
 from simulations.device import Trap
+from simulations.failures import Failures
 from simulations.scenario import (
     BrokerRestart,
     Churn,
@@ -18,9 +19,6 @@ from simulations.scenario import (
     Scenario,
 )
 from simulations.world import World, draws_of
-
-DROPOUT_PHASES = ("before-download", "mid-training", "before-upload")
-"""Where a device that drops out of a round does so."""
 
 
 def arrange_faults(scenario: Scenario, world: World, seed: int) -> None:
@@ -48,8 +46,8 @@ def arrange_faults(scenario: Scenario, world: World, seed: int) -> None:
         lambda away_s: world.restart_broker(away_s, forgets=rng.random() < 0.5),
         churn,
     )
-    if churn.dropout > 0:
-        world.watch(_dropouts(world, churn, seed))
+    if scenario.failures.chance > 0:
+        world.watch(_failing(world, Failures(scenario.failures, seed)))
 
 
 def _arrange(fault: Fault, world: World) -> None:
@@ -124,16 +122,16 @@ def _cut_any(world: World, victims: list[str], rng: random.Random, away_s: float
     world.devices[rng.choice(victims)].cut(away_s, is_silent=rng.random() < 0.5)
 
 
-def _dropouts(world: World, churn: Churn, seed: int) -> Callable[[HubFact], None]:
+def _failing(world: World, failures: Failures) -> Callable[[HubFact], None]:
+    places = {name: place for place, name in enumerate(world.devices)}
+
     def on_fact(fact: HubFact) -> None:
         if not isinstance(fact, RoundOpened):
             return
         for entry in fact.attempts:
-            rng = draws_of(seed, f"dropout/{entry.attempt}")
             traps = world.devices[entry.device].traps
             traps[:] = [trap for trap in traps if trap.round in (0, fact.round)]
-            if rng.random() < churn.dropout:
-                away_s = rng.uniform(*churn.away_s)
-                traps.append(Trap(rng.choice(DROPOUT_PHASES), fact.round, away_s))
+            if failure := failures.failure_of(places[entry.device], fact.round):
+                traps.append(Trap(failure.phase, fact.round, failure.away_s))
 
     return on_fact

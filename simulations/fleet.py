@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,21 @@ from simulations.bus import LinkQuality
 from simulations.data.datasets import DataSet, load
 from simulations.demo.wrist import wrist_fleet
 from simulations.device import DeviceModel
+from simulations.holdings import Names, deal, let_draw
 from simulations.scenario import LateJoin, Scenario
 from simulations.tables import FleetPlan
 from simulations.world import Member, draws_of
 
+LISTED = 10_000
+"""A manifest lists so many devices."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FleetData:
-    """What each device holds, by its name, and what none of them does."""
+    """What each device holds, by its name in the fleet's order, and what none of them does.
+
+    A large fleet's mapping makes what it gives at each access: take it once where it is used.
+    """
 
     devices: Mapping[str, LocalData]
     held_out: LocalData
@@ -85,10 +93,9 @@ def fleet_members(scenario: Scenario, data: FleetData) -> list[Member]:
     return members
 
 
-def device_names(count: int) -> list[str]:
+def device_names(count: int) -> Names:
     """The names of a fleet: `d00`, `d01` and so on."""
-    width = max(2, len(str(count - 1)))
-    return [f"d{number:0{width}}" for number in range(count)]
+    return Names(count)
 
 
 def device_levels(plan: FleetPlan) -> list[int]:
@@ -98,9 +105,12 @@ def device_levels(plan: FleetPlan) -> list[int]:
 
 
 def manifest(plan: FleetPlan, data: FleetData) -> dict[str, Any]:
-    """Who holds how many samples of each class: what a reader needs to judge a partition."""
-    everything = [*data.devices.values(), data.held_out]
-    classes = 1 + max(int(held.y.max(initial=0)) for held in everything)
+    """Who holds how many samples of each class: what a reader needs to judge a partition.
+
+    Of a fleet of more than `LISTED`, the first are listed; the seed gives the others again.
+    """
+    listed = {name: data.devices[name] for name in islice(data.devices, LISTED)}
+    classes = 1 + max(int(held.y.max(initial=0)) for held in (*listed.values(), data.held_out))
 
     def histogram(held: LocalData) -> list[int]:
         counts: list[int] = np.bincount(held.y, minlength=classes).tolist()
@@ -108,10 +118,12 @@ def manifest(plan: FleetPlan, data: FleetData) -> dict[str, Any]:
 
     return {
         "seed": plan.seed,
+        "data": plan.data if plan.folder is None else plan.folder.name,
         "partition": plan.partition,
         "classes": classes,
-        "levels": dict(zip(data.devices, device_levels(plan), strict=True)),
-        "devices": {name: histogram(held) for name, held in data.devices.items()},
+        "size": len(data.devices),
+        "levels": dict(zip(listed, device_levels(plan), strict=False)),
+        "devices": {name: histogram(held) for name, held in listed.items()},
         "held_out": histogram(data.held_out),
     }
 
@@ -140,12 +152,13 @@ def _split(plan: FleetPlan, samples: LocalData) -> tuple[Indices, Indices]:
 
 
 def _deal(plan: FleetPlan, samples: LocalData, train: Indices, test: Indices) -> FleetData:
+    if plan.partition == "drawn":
+        pool = samples.take(train)
+        return FleetData(let_draw(pool, plan.devices, plan.samples, plan.seed), samples.take(test))
     rng = np.random.default_rng([plan.seed, 2])
     parts = _parts(plan, samples.y[train], rng)
     dealt = [_cap(plan, train[part], rng) for part in parts]
-    names = device_names(plan.devices)
-    held = {name: samples.take(part) for name, part in zip(names, dealt, strict=True)}
-    return FleetData(held, samples.take(test))
+    return FleetData(deal(samples, dealt), samples.take(test))
 
 
 def _parts(plan: FleetPlan, labels: Indices, rng: np.random.Generator) -> list[Indices]:
@@ -166,7 +179,7 @@ def _parts(plan: FleetPlan, labels: Indices, rng: np.random.Generator) -> list[I
             parts = dominant_partition(labels, devices, plan.even_share, plan.dominant, rng)
         case "groups":
             parts = group_partition(labels, devices, plan.groups, rng)
-        case "natural" | "wrist" | "drawn":
+        case "natural" | "wrist" | "drawn":  # The others are no partition of indices.
             raise ConfigError(
                 f"fleet.partition is {plan.partition!r}; data of a folder do not say whose they "
                 "are: use iid, shards or dirichlet"
@@ -185,11 +198,8 @@ def _natural(plan: FleetPlan, dataset: DataSet) -> FleetData:
     held_out = min(max(1, round(plan.hold_out * len(clients))), len(clients) - 1)
     unseen, seen = clients[:held_out], np.sort(clients[held_out:])
     samples = LocalData(dataset.x, dataset.y)
-    names = device_names(plan.devices)
-    parts = _whose(dataset, seen, plan.devices)
-    held = {
-        name: samples.take(_cap(plan, part, rng)) for name, part in zip(names, parts, strict=True)
-    }
+    parts = [_cap(plan, part, rng) for part in _whose(dataset, seen, plan.devices)]
+    held = deal(samples, parts)
     return FleetData(held, samples.take(np.flatnonzero(np.isin(dataset.client, unseen))))
 
 

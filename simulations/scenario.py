@@ -1,5 +1,6 @@
 """A scenario: one run, its fleet, what goes wrong, and variants to compare. Read strictly."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -14,6 +15,7 @@ from simulations.tables import (
     AttackPlan,
     AvailabilityPlan,
     DevicePlan,
+    FailurePlan,
     FleetPlan,
     LinkPlan,
     Range,
@@ -32,11 +34,6 @@ FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a variant may be called: its files are in a folder of that name."""
 
 Changes: TypeAlias = dict[str, Any]
-
-
-def _require_moment(kind: str, at_s: float | None, phase: str | None) -> None:
-    if (at_s is None) == (phase is None):
-        raise ConfigError(f"a {kind} needs either at_s or phase, and not both: correct the fault")
 
 
 class Kill(Record, frozen=True, kw_only=True, tag_field="kind", tag="kill"):
@@ -61,9 +58,6 @@ class Kill(Record, frozen=True, kw_only=True, tag_field="kind", tag="kill"):
     round: int = 0
     away_s: float = 5.0
 
-    def __post_init__(self) -> None:
-        _require_moment("kill", self.at_s, self.phase)
-
 
 class Cut(Record, frozen=True, kw_only=True, tag_field="kind", tag="cut"):
     """Links die for a while: one is a cut, several are a partition; `hub` is the hub's.
@@ -84,9 +78,6 @@ class HubKill(Record, frozen=True, kw_only=True, tag_field="kind", tag="hub-kill
     phase: Literal["round-open", "mid-gathering", "before-ack", "mid-aggregation"] | None = None
     round: int = 0
     away_s: float = 2.0
-
-    def __post_init__(self) -> None:
-        _require_moment("hub-kill", self.at_s, self.phase)
 
 
 class BrokerRestart(Record, frozen=True, kw_only=True, tag_field="kind", tag="broker-restart"):
@@ -114,24 +105,35 @@ class Leave(Record, frozen=True, kw_only=True, tag_field="kind", tag="leave"):
 Fault: TypeAlias = Kill | Cut | HubKill | BrokerRestart | LateJoin | Leave
 
 
+def _check_fault(key: str, fault: Fault) -> None:
+    for name in ("at_s", "for_s", "away_s", "round"):
+        value = getattr(fault, name, None)
+        if value is not None:
+            require(0.0 <= value < math.inf, f"{key}.{name}", value, "0 or more")
+    if isinstance(fault, Kill | HubKill):
+        both = fault.at_s is not None and fault.phase is not None
+        neither = fault.at_s is None and fault.phase is None
+        found = "given together with phase" if both else "missing, and so is phase"
+        require(not (both or neither), f"{key}.at_s", found, "either at_s or phase")
+    if isinstance(fault, Cut):
+        require(len(fault.devices) > 0, f"{key}.devices", "empty", "one device or more")
+
+
 class Churn(Record, frozen=True, kw_only=True):
     """Failures at random, while the run lasts.
 
     Mean times between two failures anywhere in the fleet, in seconds (0: none), and how long
-    each lasts, drawn from `away_s`. `dropout` is the chance that a device that is asked in a
-    round is killed before its update is sent.
+    each lasts, drawn from `away_s`.
     """
 
     kill_every_s: float = 0.0
     cut_every_s: float = 0.0
     hub_kill_every_s: float = 0.0
     broker_restart_every_s: float = 0.0
-    dropout: float = 0.0
     away_s: Range = (1.0, 20.0)
 
     def __post_init__(self) -> None:
         require_range("churn.away_s", self.away_s)
-        require(0.0 <= self.dropout <= 1.0, "churn.dropout", self.dropout, "0 to 1")
         for name in self.__struct_fields__:
             if name.endswith("_every_s"):
                 value = getattr(self, name)
@@ -154,6 +156,7 @@ class Variant(Record, frozen=True, kw_only=True):
     policy: Changes = msgspec.field(default_factory=dict)
     sizes: dict[str, int] = msgspec.field(default_factory=dict)
     availability: Changes = msgspec.field(default_factory=dict)
+    failures: Changes = msgspec.field(default_factory=dict)
     attack: Changes = msgspec.field(default_factory=dict)
 
 
@@ -172,20 +175,26 @@ class Scenario(Record, frozen=True, kw_only=True):
     availability: AvailabilityPlan = AvailabilityPlan()
     attack: AttackPlan = AttackPlan()
     faults: tuple[Fault, ...] = ()
+    failures: FailurePlan = FailurePlan()
     churn: Churn = Churn()
     variants: tuple[Variant, ...] = ()
     seed: int = 0
     limit_s: float = 10 * 365 * 86_400.0
 
     def __post_init__(self) -> None:
-        chances = self.availability.chances(self.fleet.devices)
-        require(max(chances) >= 0.001, "availability.q", chances, "0.001 or more for some device")
+        require(self.limit_s > 0.0, "limit_s", self.limit_s, "above 0")
+        if isinstance(chances := self.availability.q, tuple):
+            some = max(chances[: self.fleet.devices]) >= 0.001
+            require(some, "availability.q", chances, "0.001 or more for some device")
+        for place, fault in enumerate(self.faults):
+            _check_fault(f"faults[{place}]", fault)
         names = [variant.name for variant in self.variants]
         for place, variant in enumerate(self.variants):
-            require(variant.name not in names[:place], "variants.name", variant.name, "a new name")
+            key = f"variants[{place}].name"
+            require(variant.name not in names[:place], key, variant.name, "a new name")
             require(
                 FOLDER.fullmatch(variant.name) is not None,
-                "variants.name",
+                key,
                 repr(variant.name),
                 "1 to 64 letters, digits, dots, hyphens and _, beginning with a letter or digit",
             )
@@ -220,6 +229,7 @@ def vary(scenario: Scenario, variant: Variant) -> Scenario:
             scenario,
             run=run,
             availability=_changed("availability", scenario.availability, variant.availability),
+            failures=_changed("failures", scenario.failures, variant.failures),
             attack=_changed("attack", scenario.attack, variant.attack),
             variants=(),
         )
@@ -239,9 +249,16 @@ def _changed(name: str, table: Table, changes: Changes) -> Table:
     if not changes:
         return table
     try:
-        return msgspec.convert({**msgspec.to_builtins(table), **changes}, type(table))
+        plain = msgspec.to_builtins(table, enc_hook=str)
+        return msgspec.convert({**plain, **changes}, type(table), dec_hook=_to_path)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{name}: {error}; correct the value") from error
+
+
+def _to_path(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
 
 
 def _method(variant: Variant, own: MethodChoice) -> MethodChoice:
@@ -264,7 +281,11 @@ def read_scenario(path: Path) -> Scenario:
         run = msgspec.structs.replace(run, evaluation=(base / run.evaluation).resolve())
     if fleet.folder is not None:
         fleet = msgspec.structs.replace(fleet, folder=(base / fleet.folder).resolve())
-    return msgspec.structs.replace(scenario, run=run, fleet=fleet)
+    availability = scenario.availability
+    if availability.trace is not None:
+        trace = (base / availability.trace).resolve()
+        availability = msgspec.structs.replace(availability, trace=trace)
+    return msgspec.structs.replace(scenario, run=run, fleet=fleet, availability=availability)
 
 
 def shipped_scenarios() -> dict[str, Path]:
@@ -284,6 +305,11 @@ def find_scenario(given: str) -> Path:
     shipped = shipped_scenarios()
     if given in shipped:
         return shipped[given]
+    if (SHIPPED / "peers" / f"{given}.toml").is_file():
+        raise ConfigError(
+            f"scenario {given!r} has no hub, which `run` expects; "
+            f"run: headwater-sim peers {given} --out DIR"
+        )
     raise ConfigError(
         f"there is no scenario {given!r}; give the path of a TOML file, or one of the shipped: "
         f"{', '.join(shipped)}"

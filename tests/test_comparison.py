@@ -89,7 +89,7 @@ def test_a_variant_changes_what_it_names_and_nothing_else(path):
     """Its tables are laid over the scenario's; a method of its own has its own numbers."""
     scenario = read_scenario(path)
 
-    quick = vary(scenario, scenario.variants[1])
+    quick = vary(scenario, scenario.variants[3])
 
     assert quick.run.method.name == "fedprox"
     assert quick.run.method.params == {"mu": 0.1}
@@ -108,8 +108,8 @@ def test_a_variant_changes_what_it_names_and_nothing_else(path):
         ("method = 'fedmagic'", "variant 'odd': no method is called 'fedmagic'"),
         ("method = 'fedprox'\nparams = { nu = 1.0 }", "has no parameter 'nu'"),
         ("fleet = { devices = 2 }", "unknown key 'fleet'"),
-        ("[[variants]]\nname = 'odd'", "variants.name is odd; expected a new name"),
-        ("[[variants]]\nname = '../up'", "variants.name is '../up'"),
+        ("[[variants]]\nname = 'odd'", "variants[3].name is odd; expected a new name"),
+        ("[[variants]]\nname = '../up'", "variants[3].name is '../up'"),
         ("availability = { q = 0.0 }", "variant 'odd': availability.q is 0.0"),
     ],
 )

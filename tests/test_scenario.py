@@ -14,7 +14,6 @@ from simulations.fleet import device_names, fleet_data, fleet_members
 from simulations.report import drop_reasons
 from simulations.scenario import (
     BrokerRestart,
-    Churn,
     Cut,
     Kill,
     LateJoin,
@@ -24,6 +23,7 @@ from simulations.scenario import (
     shipped_scenarios,
 )
 from simulations.simulation import build_world, simulate
+from simulations.tables import FailurePlan
 
 SMALL = """
 seed = 3
@@ -60,7 +60,7 @@ def small(tmp_path, **changes):
         ("dropuot = 1", "dropuot"),
         ("partition = 'sorted'", "fleet.partition is 'sorted'"),
         ("hold_out = 2.0", "fleet.hold_out is 2.0"),
-        ("[churn]\ndropout = 1.5", "churn.dropout is 1.5"),
+        ("[failures]\nchance = 1.5", "failures.chance is 1.5"),
         ("[link]\ndelay_s = [2.0, 1.0]", "link.delay_s is [2.0, 1.0]"),
         ("[link]\ndelay_s = 1.0", "link.delay_s is a number"),
         ("[[faults]]\nkind = 'meteor'", "meteor"),
@@ -193,9 +193,10 @@ def test_dropouts_happen_as_often_as_asked_for_and_are_accounted_for(tmp_path):
         run.policy, devices_per_round=4, gather_s=60.0, lost_grace_s=0.0, deadline_s=60.0
     )
     run = msgspec.structs.replace(run, rounds=40, policy=policy)
-    churn = Churn(dropout=0.3, away_s=(5.0, 6.0))
+    phases = dict.fromkeys(("before-download", "mid-training", "before-upload"), 1.0)
+    failures = FailurePlan(chance=0.3, phases=phases, away_s=(5.0, 6.0))
 
-    result = simulate(small(tmp_path, run=run, churn=churn), tmp_path / "out", cache=tmp_path)
+    result = simulate(small(tmp_path, run=run, failures=failures), tmp_path / "out", cache=tmp_path)
 
     asked = sum(row.asked for row in result.rounds)
     dropped = sum(len(row.dropped) for row in result.rounds)
