@@ -35,7 +35,7 @@ def fitted_model(
     Each letter's delay is drawn from within the spread of those that were seen.
     """
     overhead_s = _value(fit.overhead_s) / max(steps, 1)
-    low_s, high_s = _range_s(fit.delay_s)
+    low_s, high_s = delay_range_s(fit.delay_s)
     return DeviceModel(
         seconds_per_step=_value(fit.seconds_per_step) + overhead_s,
         checkpoint_s=checkpoint_s,
@@ -130,8 +130,8 @@ def _value(figure: Figure | None) -> float:
     return figure.value if figure else 0.0
 
 
-def _range_s(figure: Figure | None) -> tuple[float, float]:
-    """The middle half of normal noise around the figure, cut alike on both sides at 0."""
+def delay_range_s(figure: Figure | None) -> tuple[float, float]:
+    """The middle half of normal noise around a delay, cut alike on both sides at 0."""
     if figure is None:
         return 0.0, 0.0
     half_s = min(0.6745 * figure.spread, figure.value)

@@ -29,7 +29,7 @@ SLACK = 1.05
 """A device's clock may run so much faster than the hub's before its word is not believed."""
 
 LARGEST = 2**63
-"""Counts and sizes are below this, as in the hub's record."""
+"""Counts, sizes and moments are below this, as in the hub's record."""
 
 _MAX_PAIRS = 5_000
 
@@ -200,7 +200,7 @@ def is_sound(part: Part) -> bool:
     seen = [moment for moment in moments if moment is not None]
     sizes = (part.down_bytes, part.up_bytes, part.down_chunks, part.up_chunks)
     can_be = all(0 <= size < LARGEST for size in sizes)
-    return can_be and all(map(math.isfinite, seen)) and seen == sorted(seen)
+    return can_be and all(abs(at) < LARGEST for at in seen) and seen == sorted(seen)
 
 
 def is_believable(part: Part) -> bool:
@@ -263,7 +263,7 @@ def _bps(seconds_per_bit: Iterable[float], count: int | None = None) -> Figure |
     if found is None:
         return None
     found = replace(found, count=min(found.count, count or found.count))
-    if not found.is_clear:
+    if not found.is_clear or found.value < 1 / LARGEST:
         return None
     return Figure(1 / found.value, found.spread / found.value / found.value, found.count)
 
