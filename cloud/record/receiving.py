@@ -1,4 +1,4 @@
-"""How what arrives of updates changes the tables: chunks, acceptance, refusal, and forgetting."""
+"""How the bytes of updates come to the tables and go: chunks, refusal, and forgetting."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Select, delete, func, insert, select, update
 from cloud.config import RunPlan
 from cloud.coordination import facts as f
 from cloud.record import tables as t
-from cloud.record.database import insert_into, insert_once
+from cloud.record.database import insert_into
 from cloud.record.events import bounded
 from federation.errors import StoreError
 
@@ -47,50 +47,6 @@ def store_chunks(connection: Connection, facts: Sequence[f.ChunkStored]) -> None
         index_elements=["attempt", "index"], set_={"data": row.excluded.data}
     )
     connection.execute(row, chunks)
-
-
-def accept_update(connection: Connection, fact: f.UpdateAccepted) -> bool:
-    """Count an update, once; False where it counts already.
-
-    Raises:
-        StoreError: not all of its chunks are stored.
-    """
-    is_new = insert_once(
-        connection,
-        t.Update,
-        attempt=fact.attempt,
-        run=fact.run,
-        round=fact.round,
-        device=fact.device,
-        digest=fact.content.digest,
-        size=fact.content.size,
-        report=fact.report,
-        counts_in=fact.counts_in,
-        at=fact.at,
-    )
-    if not is_new:
-        return False
-    _check_whole(connection, fact)
-    connection.execute(
-        update(t.Attempt)
-        .where(t.Attempt.attempt == fact.attempt)
-        .values(status="received", reason="", changed_at=fact.at, verdict="stored")
-    )
-    return True
-
-
-def _check_whole(connection: Connection, fact: f.UpdateAccepted) -> None:
-    held = connection.scalar(
-        select(func.count())
-        .select_from(t.Chunk)
-        .join(t.Upload, t.Upload.attempt == t.Chunk.attempt)
-        .where(t.Chunk.attempt == fact.attempt, t.Upload.digest == fact.content.digest)
-    )
-    if held != fact.content.chunks:
-        raise StoreError(
-            f"update {fact.attempt} is to count with {held} of its {fact.content.chunks} chunks "
-            "recorded; record every chunk before the update"
-        )
 
 
 def refuse_update(connection: Connection, fact: f.UpdateRefused) -> bool:

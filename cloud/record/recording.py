@@ -3,21 +3,20 @@
 A fact that comes again has no second effect.
 """
 
-import itertools
 from collections.abc import Sequence
-from typing import Any, assert_never
+from typing import assert_never
 
 from sqlalchemy import Connection, delete, insert, select, update
 
 from cloud.coordination import facts as f
-from cloud.record import receiving
+from cloud.record import arriving, coming, receiving
 from cloud.record import tables as t
 from cloud.record.database import insert_into, insert_once
-from cloud.record.events import bounded, bounded_capability, event_of
+from cloud.record.events import bounded, event_of
 from federation.protocol.messages import Content
 
-MAX_EPOCH = 2**63 - 1
-"""The largest integer of a database column; a letter may carry one bit more."""
+_APART = (f.Waiting, f.LetterRefused)
+"""Facts that do not meet those of attempts, so that it is all one which are written first."""
 
 
 def files_of(fact: f.HubFact) -> tuple[str, Content, bytes] | None:
@@ -43,25 +42,44 @@ def write(connection: Connection, facts: Sequence[f.HubFact]) -> None:
     Raises:
         StoreError: a fact that cannot follow from what is recorded.
     """
-    events = []
-    for is_chunk, group in itertools.groupby(facts, lambda fact: isinstance(fact, f.ChunkStored)):
-        if is_chunk:
-            receiving.store_chunks(
-                connection, [fact for fact in group if isinstance(fact, f.ChunkStored)]
-            )
+    told = [False] * len(facts)
+    arrivals: list[tuple[int, arriving.Arrival]] = []
+    comings: list[coming.Coming] = []
+    for place, fact in enumerate(facts):
+        if isinstance(fact, f.AttemptChanged | f.ChunkStored | f.UpdateAccepted):
+            arrivals.append((place, fact))
             continue
-        events += [event_of(fact) for fact in group if _apply(connection, fact)]
+        if isinstance(fact, f.DeviceBorn | f.PresenceChanged):
+            comings.append(fact)
+            told[place] = True
+            continue
+        if not isinstance(fact, _APART):
+            _settle(connection, arrivals, told)
+        told[place] = _apply(connection, fact)
+    _settle(connection, arrivals, told)
+    coming.record_comings(connection, comings)
+    events = [event_of(fact) for fact, is_told in zip(facts, told, strict=True) if is_told]
     if events:
         connection.execute(insert(t.Event), events)
 
 
-def _apply(connection: Connection, fact: f.HubFact) -> bool:  # noqa: C901, PLR0911, PLR0912
+def _settle(
+    connection: Connection, arrivals: list[tuple[int, arriving.Arrival]], told: list[bool]
+) -> None:
+    """Write what waits to be written together."""
+    if arrivals:
+        written = arriving.record_arrivals(connection, [fact for _, fact in arrivals])
+        for (place, _), is_told in zip(arrivals, written, strict=True):
+            told[place] = is_told
+        arrivals.clear()
+
+
+def _apply(connection: Connection, fact: f.HubFact) -> bool:  # noqa: C901, PLR0911
     # One line a fact; the functions below say what it does. False: it changed nothing.
     match fact:
-        case f.DeviceBorn():
-            return _device_born(connection, fact)
-        case f.PresenceChanged():
-            return _presence_changed(connection, fact)
+        case f.DeviceBorn() | f.PresenceChanged():
+            coming.record_comings(connection, [fact])
+            return True
         case f.RunOpened():
             return _run_opened(connection, fact)
         case f.RunEnded():
@@ -70,13 +88,8 @@ def _apply(connection: Connection, fact: f.HubFact) -> bool:  # noqa: C901, PLR0
             return _round_opened(connection, fact)
         case f.Waiting():
             return _waiting(connection, fact)
-        case f.AttemptChanged():
-            return _attempt_changed(connection, fact)
-        case f.ChunkStored():
-            receiving.store_chunks(connection, [fact])
-            return False
-        case f.UpdateAccepted():
-            return receiving.accept_update(connection, fact)
+        case f.AttemptChanged() | f.ChunkStored() | f.UpdateAccepted():
+            return arriving.record_arrivals(connection, [fact])[0]
         case f.UpdateRefused():
             return receiving.refuse_update(connection, fact)
         case f.RoundClosed():
@@ -89,28 +102,6 @@ def _apply(connection: Connection, fact: f.HubFact) -> bool:  # noqa: C901, PLR0
             return True
         case _:
             assert_never(fact)
-
-
-# Devices ----------------------------------------------------------------------------------
-
-
-def _device_born(connection: Connection, fact: f.DeviceBorn) -> bool:
-    now_is = {
-        "epoch": min(fact.epoch, MAX_EPOCH),
-        "state": "ready",
-        "capability": bounded_capability(fact.capability),
-        "born_at": fact.at,
-        "changed_at": fact.at,
-    }
-    row = insert_into(connection, t.Device).values(device=fact.device, **now_is)
-    connection.execute(row.on_conflict_do_update(index_elements=["device"], set_=now_is))
-    return True
-
-
-def _presence_changed(connection: Connection, fact: f.PresenceChanged) -> bool:
-    now_is = {"epoch": min(fact.epoch, MAX_EPOCH), "state": fact.state, "changed_at": fact.at}
-    connection.execute(update(t.Device).where(t.Device.device == fact.device).values(now_is))
-    return True
 
 
 # Runs -------------------------------------------------------------------------------------
@@ -221,25 +212,6 @@ def _round_opened(connection: Connection, fact: f.RoundOpened) -> bool:
     if rows:
         connection.execute(insert(t.Attempt), rows)
     return True
-
-
-def _attempt_changed(connection: Connection, fact: f.AttemptChanged) -> bool:
-    # The rule of `Round.mark`: what was received stays received, the same again is nothing.
-    now_is: dict[str, Any] = {
-        "status": fact.status,
-        "reason": bounded(fact.reason),
-        "changed_at": fact.at,
-    }
-    if fact.status == "lost":
-        now_is["lost_at"] = fact.at
-    changed = connection.execute(
-        update(t.Attempt)
-        .where(
-            t.Attempt.attempt == fact.attempt, t.Attempt.status.not_in(("received", fact.status))
-        )
-        .values(now_is)
-    )
-    return bool(changed.rowcount)
 
 
 def _round_closed(connection: Connection, fact: f.RoundClosed) -> bool:
