@@ -3,6 +3,7 @@ import signal
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 
 import psutil
 import pytest
@@ -12,12 +13,14 @@ from federation.protocol.effects import Trained
 from simulations.workshop import InProcess, RayWorkshop, Remembered
 from tests.workshops import OWNER, SMALL, average, fleet, job
 
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
+
+@needs_ray
 @pytest.mark.slow
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_run_on_ray_has_the_bits_of_one_process(exact, tmp_path):
     """The same rounds end in the same model on Ray, and a journal brings them back elsewhere."""
-    pytest.importorskip("ray")
     with InProcess(fleet(), exact=exact, rule=SMALL) as here:
         expected = average(here)
 
@@ -32,10 +35,10 @@ def fail(assignment, *_):
     return Trained(assignment.attempt, failure="this was to be remembered")
 
 
+@needs_ray
 @pytest.mark.slow
 def test_a_dead_actor_is_an_error_that_says_what_to_do(tmp_path):
     """An actor that is killed in the middle of a training is told in one line."""
-    pytest.importorskip("ray")
     with RayWorkshop(fleet(), workers=1, train=partial(hang, tmp_path / "pid")) as workshop:
         workshop.begin(job(3))
         workshop._start_all()
@@ -56,20 +59,26 @@ def hang(note, assignment, *_):
     return Trained(assignment.attempt)
 
 
+@needs_ray
 @pytest.mark.slow
 def test_a_cluster_on_this_machine_ends_with_its_workshop():
-    """No process of Ray is left when the workshop is closed, and an error in a training is told."""
-    pytest.importorskip("ray")
+    """It listens on loopback alone, tells an error in a training, and leaves no process."""
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     with RayWorkshop(fleet(), workers=2, train=raise_odd) as workshop:
         workshop.begin(job(3))
         with pytest.raises(TrainingError, match=r"training of d03 failed on the cluster.*odd data"):
             workshop.result("r_1_d03")
-        started = [
-            child for child in psutil.Process().children(recursive=True) if child.pid not in before
-        ]
+        children = psutil.Process().children(recursive=True)
+        started = [child for child in children if child.pid not in before]
+        open_to = {
+            connection.laddr.ip.removeprefix("::ffff:")
+            for child in started
+            for connection in child.net_connections(kind="inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
 
     assert len(started) >= 3
+    assert open_to == {"127.0.0.1"}
     assert psutil.wait_procs(started, timeout=30)[1] == []
 
 

@@ -7,6 +7,8 @@ once a machine, and workers read them where they lie; orders and answers are byt
 import importlib
 import logging
 import os
+import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +40,7 @@ class RayWorkshop(Grouped):
         data: what each device holds; it is stored in the cluster once.
         workers: how many actors, from 1, each with a core of its own. They decide no bit.
         address: a running cluster's, as `ray.init` takes it (none: begin one on this machine,
-            on loopback, that ends with the workshop).
+            on loopback, that ends with the workshop). A process keeps to one of the two.
         exact: as for `InProcess`.
         train: as for `InProcess`; it must be a function that the other machines can import.
         rule: as for `InProcess`.
@@ -76,7 +78,7 @@ class Actors:
     ) -> None:
         if workers < 1:
             raise ConfigError(f"{workers} workers; expected 1 or more")
-        self._ray = _ray()
+        self._ray = _ray(address)
         self._is_ours = _connect(self._ray, address, workers)
         self._pending: dict[Any, tuple[int, int, Sequence[Job]]] = {}
         self._bases: list[bytes] = []
@@ -185,10 +187,17 @@ class _Actor:
         )
 
 
-def _ray() -> Any:
-    # Before Ray is loaded: it would tell its makers of its use.
+def _ray(address: str | None) -> Any:
+    """Ray, told before it is loaded what it reads once: it would tell its makers of its use."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None and "ray" not in sys.modules:
+        # Who reaches a cluster can run code on it. So ours listens on loopback alone, as Ray
+        # does elsewhere where this is off, and to whom knows a secret of this process.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         return importlib.import_module("ray")
     except ImportError:
@@ -210,7 +219,6 @@ def _connect(ray: Any, address: str | None, workers: int) -> bool:
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
-                _node_ip_address="127.0.0.1",
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
