@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -122,7 +122,7 @@ class _Device:
     whether its process has trained: it may have begun anew, and gone on with that attempt.
     """
 
-    is_fresh: bool = True
+    has_trained: bool = False
     is_doubtful: bool = False
     away_since: float | None = None
     cut_short: tuple[int, str] | None = None
@@ -201,7 +201,7 @@ class _Watch:
     def _pass_over(self, event: EventRow) -> None:
         """Of other runs it counts only that a process has trained."""
         if event.kind == "attempt-changed" and event.detail.get("status") == "training":
-            self.devices.setdefault(event.device, _Device()).is_fresh = False
+            self.devices.setdefault(event.device, _Device()).has_trained = True
 
     # Devices come and go ------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class _Watch:
         known.last_absence, known.is_doubtful = len(self.absences) - 1, True
         if known.cut_short is not None:
             # Unless its update shows in a moment that it trained on meanwhile.
-            self._judge(known, is_restart=True)
+            self.absences[-1] = replace(self.absences[-1], is_restart=True)
         known.away_since, known.back_at = None, at
 
     def _on_lost(self, event: EventRow) -> None:
@@ -235,12 +235,6 @@ class _Watch:
         for place in [place for place in self.open if place[1] == device]:
             self.parts[place] = replace(self.parts[place], is_whole=False)
 
-    def _judge(self, known: _Device, *, is_restart: bool) -> None:
-        known.is_doubtful = known.is_doubtful and is_restart
-        if known.last_absence is not None:
-            judged = replace(self.absences[known.last_absence], is_restart=is_restart)
-            self.absences[known.last_absence] = judged
-
     # Rounds -------------------------------------------------------------------------------
 
     def _learn_base(self, detail: dict[str, Any]) -> None:
@@ -249,8 +243,9 @@ class _Watch:
             self.base_sizes[content["digest"]] = _size(content)
 
     def _on_opened(self, event: EventRow) -> None:
-        number, asked = event.round, event.detail.get("attempts") or []
-        size, chunks = self.base_sizes.get(event.detail.get("base", ""), (0, 0))
+        number, named = event.round, event.detail.get("attempts")
+        asked = [name for name in named if isinstance(name, str)] if _is_list(named) else []
+        size, chunks = self.base_sizes.get(str(event.detail.get("base")), (0, 0))
         self.rounds[number] = RoundTimes(
             number=number, status="open", opened_s=event.at, ended_s=math.inf, asked=len(asked)
         )
@@ -263,7 +258,7 @@ class _Watch:
                 asked_at=event.at,
                 down_bytes=size,
                 down_chunks=chunks,
-                is_first=known.is_fresh,
+                is_first=not known.has_trained,
                 is_whole=not known.is_doubtful,
             )
 
@@ -277,7 +272,7 @@ class _Watch:
         elif status == "training" and part.training_at is None:
             part = replace(part, training_at=event.at)
             known = self.devices[event.device]
-            known.is_fresh = known.is_doubtful = False
+            known.has_trained, known.is_doubtful = True, False
         elif status == "lost":
             part = replace(part, is_whole=False)
             if event.detail.get("reason") == _RESTARTED:
@@ -313,9 +308,10 @@ class _Watch:
         known = self.devices.get(event.device)
         if known is None or known.cut_short is None or known.away_since is not None:
             return
-        if event.at - known.back_at <= AT_ONCE_S:
-            self._judge(known, is_restart=False)
-        known.cut_short = None
+        if event.at - known.back_at <= AT_ONCE_S and known.last_absence is not None:
+            lived_on = replace(self.absences[known.last_absence], is_restart=False)
+            self.absences[known.last_absence] = lived_on
+        known.cut_short, known.is_doubtful = None, False
 
     def _on_ended(self, event: EventRow) -> None:
         row = self.rounds.get(event.round)
@@ -346,6 +342,10 @@ def _size(content: dict[str, Any]) -> tuple[int, int]:
     if not isinstance(size, int) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
         return 0, 0
     return size, 0 if size <= INLINE_BYTES else -(-size // chunk_bytes)
+
+
+def _is_list(value: object) -> TypeGuard[list[object]]:
+    return isinstance(value, list)
 
 
 def _count(value: object) -> int:

@@ -41,7 +41,9 @@ def fitted_model(
         checkpoint_s=checkpoint_s,
         joins_at_s=_NEVER_S,
         level=level,
-        quality=LinkQuality(delay_s=(low_s, high_s)),
+        quality=LinkQuality(
+            delay_s=(low_s, high_s), up_bps=_value(fit.up_bps), down_bps=_value(fit.down_bps)
+        ),
         settings=settings,
     )
 
