@@ -5,9 +5,10 @@ so a whole batch takes a handful of statements, however many devices it is of.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
-from sqlalchemy import Connection, bindparam, func, select, update
+from sqlalchemy import Connection, Executable, bindparam, func, select, update
 
 from cloud.coordination import facts as f
 from cloud.record import receiving
@@ -67,17 +68,41 @@ def _rows_of(connection: Connection, facts: Sequence[Arrival]) -> dict[str, dict
     touched = {fact.attempt for fact in facts if not isinstance(fact, f.ChunkStored)}
     if not touched:
         return {}
-    columns = (t.Attempt.status, t.Attempt.reason, t.Attempt.lost_at, t.Attempt.changed_at)
-    found = select(t.Attempt.attempt.label("key"), *columns, t.Attempt.verdict).where(
-        t.Attempt.attempt.in_(touched)
-    )
-    return {row.key: row._asdict() for row in connection.execute(found)}
+    found = connection.execute(_attempts_named(), {"names": list(touched)})
+    return {row.key: row._asdict() for row in found}
 
 
-def _change_of_attempts() -> Any:
+# Statements are built once: building one costs more than a database takes to carry it out.
+
+
+@cache
+def _attempts_named() -> Any:
+    return select(
+        t.Attempt.attempt.label("key"),
+        t.Attempt.status,
+        t.Attempt.reason,
+        t.Attempt.lost_at,
+        t.Attempt.changed_at,
+        t.Attempt.verdict,
+    ).where(t.Attempt.attempt.in_(bindparam("names", expanding=True)))
+
+
+@cache
+def _change_of_attempts() -> Executable:
     names = ("status", "reason", "lost_at", "changed_at", "verdict")
     this = t.Attempt.__table__.c.attempt == bindparam("key")
     return update(t.Attempt).where(this).values({name: bindparam(name) for name in names})
+
+
+@cache
+def _chunks_of_uploads() -> Any:
+    named = t.Upload.attempt.in_(bindparam("names", expanding=True))
+    return (
+        select(t.Upload.attempt, t.Upload.digest, func.count())
+        .join(t.Chunk, t.Chunk.attempt == t.Upload.attempt)
+        .where(named)
+        .group_by(t.Upload.attempt, t.Upload.digest)
+    )
 
 
 def _changed(row: dict[str, Any], fact: f.AttemptChanged) -> dict[str, Any]:
@@ -117,13 +142,9 @@ def _accept(connection: Connection, facts: Sequence[f.UpdateAccepted]) -> set[st
 
 
 def _check_whole(connection: Connection, facts: Sequence[f.UpdateAccepted]) -> None:
-    held = (
-        select(t.Upload.attempt, t.Upload.digest, func.count())
-        .join(t.Chunk, t.Chunk.attempt == t.Upload.attempt)
-        .where(t.Upload.attempt.in_([fact.attempt for fact in facts]))
-        .group_by(t.Upload.attempt, t.Upload.digest)
-    )
-    chunks = {(attempt, digest): count for attempt, digest, count in connection.execute(held)}
+    names = [fact.attempt for fact in facts]
+    held = connection.execute(_chunks_of_uploads(), {"names": names})
+    chunks = {(attempt, digest): count for attempt, digest, count in held}
     for fact in facts:
         count = chunks.get((fact.attempt, fact.content.digest), 0)
         if count != fact.content.chunks:

@@ -1,8 +1,9 @@
 """How the bytes of updates come to the tables and go: chunks, refusal, and forgetting."""
 
 from collections.abc import Sequence
+from functools import cache
 
-from sqlalchemy import Connection, Select, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
 
 from cloud.config import RunPlan
 from cloud.coordination import facts as f
@@ -15,8 +16,7 @@ from federation.errors import StoreError
 def store_chunks(connection: Connection, facts: Sequence[f.ChunkStored]) -> None:
     """Keep these chunks; where an attempt now sends another content, that replaces the old."""
     newest = {fact.attempt: fact for fact in facts}
-    known = select(t.Upload.attempt, t.Upload.digest).where(t.Upload.attempt.in_(newest))
-    digests = dict(connection.execute(known).all())
+    digests = dict(connection.execute(_uploads_named(), {"names": list(newest)}).all())
     replaced = [
         a for a, fact in newest.items() if digests.get(a) not in (None, fact.content.digest)
     ]
@@ -47,6 +47,12 @@ def store_chunks(connection: Connection, facts: Sequence[f.ChunkStored]) -> None
         index_elements=["attempt", "index"], set_={"data": row.excluded.data}
     )
     connection.execute(row, chunks)
+
+
+@cache
+def _uploads_named() -> Select[str, str]:
+    named = t.Upload.attempt.in_(bindparam("names", expanding=True))
+    return select(t.Upload.attempt, t.Upload.digest).where(named)
 
 
 def refuse_update(connection: Connection, fact: f.UpdateRefused) -> bool:
