@@ -34,32 +34,33 @@ class MultiExit(nn.Module):
     def __init__(self, front: Head, stages: Sequence[nn.Module], heads: Sequence[Head]) -> None:
         super().__init__()
         self.front = named(**front)
-        paths: list[tuple[nn.Module, nn.Sequential, nn.Module]] = []
+        paths: list[tuple[str, tuple[str, ...]]] = []
         for number, (stage, head) in enumerate(zip(stages, heads, strict=True), start=1):
             self.add_module(f"stage{number}", stage)
             for name, module in head.items():
                 self.add_module(name, module)
-            *body, last = head.values()
-            paths.append((stage, nn.Sequential(*body), last))
+            paths.append((f"stage{number}", tuple(head)))
+        # By name, so that a module may be replaced.
         self._paths = tuple(paths)
 
     def passes(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """What the deepest classifier gets and says, and the logits of every exit."""
         x, features, exits = self.front(x), x, []
-        for stage, body, last in self._paths:
-            x = stage(x)
-            features = body(x)
-            exits.append(last(features))
+        for stage, (*body, last) in self._paths:
+            x = self._through((stage,), x)
+            features = self._through(body, x)
+            exits.append(self._through((last,), features))
         return features, exits[-1], tuple(exits)
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of the deepest exit alone."""
-        x = self.front(x)
-        for stage, _, _ in self._paths:
-            x = stage(x)
-        _, body, last = self._paths[-1]
-        logits: Tensor = last(body(x))
-        return logits
+        x = self._through(("front", *(stage for stage, _ in self._paths)), x)
+        return self._through(self._paths[-1][1], x)
+
+    def _through(self, names: Sequence[str], x: Tensor) -> Tensor:
+        for name in names:
+            x = getattr(self, name)(x)
+        return x
 
 
 @dataclass(frozen=True, slots=True, eq=False)

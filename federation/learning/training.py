@@ -107,11 +107,11 @@ def train_locally(
     from federation.learning.models import check_samples
 
     check_samples(plan.model, data)
-    with _torch_threads(supervision.threads):
+    with torch_threads(supervision.threads):
         run = _Run(weights, data, plan, kept, resume)
         progress = _loop(run, total, supervision)
         trained, left = run.weights(), run.finish(progress)
-    _check_finite({**trained, **left.state})
+    check_finite({**trained, **left.state})
     scale = data.samples / progress.seen
     report = Report(
         samples=data.samples,
@@ -217,7 +217,7 @@ class _Run:
         with torch.no_grad():
             value = loss.item()
             for term in self.objective.on_weights:
-                value += term(self.flat, self.base, self.gradient)
+                value += float(term(self.flat, self.base, self.gradient))
             if self.plan.weight_decay:
                 self.gradient.add_(self.flat, alpha=self.plan.weight_decay)
             self.velocity.mul_(self.plan.momentum).add_(self.gradient)
@@ -263,11 +263,7 @@ def _loop(run: _Run, total: int, watch: Supervision) -> Progress:
                 f"training stopped after {progress.steps} of {total} steps, as asked"
             )
         loss, correct = run.step(indices)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {progress.steps + 1} of {total}; expected a finite "
-                "number: lower the learning rate or look for outliers in the data"
-            )
+        check_loss(loss, progress.steps + 1, total)
         now = watch.clock()
         progress = Progress(
             steps=progress.steps + 1,
@@ -284,8 +280,22 @@ def _loop(run: _Run, total: int, watch: Supervision) -> Progress:
     return progress
 
 
+def check_loss(loss: float, step: int, total: int) -> None:
+    """Refuse to go on from a loss that is no number.
+
+    Raises:
+        TrainingError: it is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} at step {step} of {total}; expected a finite "
+            "number: lower the learning rate or look for outliers in the data"
+        )
+
+
 @contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use this many cores, and afterwards as many as before."""
     import torch
 
     before = torch.get_num_threads()
@@ -360,7 +370,12 @@ def _check_velocity(resume: Checkpoint, parameters: int) -> None:
         )
 
 
-def _check_finite(weights: Weights) -> None:
+def check_finite(weights: Weights) -> None:
+    """Refuse what is no answer.
+
+    Raises:
+        TrainingError: a tensor with NaN or infinity.
+    """
     for name, tensor in weights.items():
         if not np.isfinite(tensor).all():
             raise TrainingError(

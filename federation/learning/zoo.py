@@ -21,7 +21,7 @@ from federation.learning.architecture import (
 )
 
 
-class _ChannelsFirst(nn.Module):
+class ChannelsFirst(nn.Module):
     """Turns windows (N, length, channels), as sensors write them, for `Conv1d`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def _conv1d(sizes: Sizes) -> nn.Module:
     modules: dict[str, nn.Module] = {
         "flat": nn.Flatten(),
         "window": nn.Unflatten(1, window_input(sizes)),
-        "turn": _ChannelsFirst(),
+        "turn": ChannelsFirst(),
     }
     channels = sizes["channels"]
     for number, width in enumerate((1, 2, 2), start=1):

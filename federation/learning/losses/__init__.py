@@ -11,7 +11,7 @@ from federation.learning.losses import (
     prototypes,
     terms,
 )
-from federation.learning.losses.objective import BuildObjective
+from federation.learning.losses.objective import BuildObjective, Likeness
 
 OBJECTIVES: Mapping[str, BuildObjective] = MappingProxyType(
     {
@@ -24,3 +24,8 @@ OBJECTIVES: Mapping[str, BuildObjective] = MappingProxyType(
     }
 )
 """Builds an objective from what there is to look at before the first step."""
+
+LIKENESSES: Mapping[str, Likeness] = MappingProxyType(
+    {**prototypes.LIKENESSES, **distilled.LIKENESSES}
+)
+"""What devices must have in common to sit side by side in an objective; of others, nothing."""

@@ -9,7 +9,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from federation.learning.losses.objective import (
     BuildObjective,
@@ -18,7 +17,7 @@ from federation.learning.losses.objective import (
     Pass,
     Scene,
 )
-from federation.learning.losses.terms import number_in
+from federation.learning.losses.terms import number_in, surprise
 
 ABSENT = 1e-8
 """How many samples FedLC takes a class to have here that has none: its margin stays finite."""
@@ -26,7 +25,7 @@ ABSENT = 1e-8
 
 def smooth_prior(counts: Tensor, eps: float) -> Tensor:
     """The shares of the classes, mixed with the uniform: (1 - eps) counts/sum + eps/C."""
-    return counts * ((1.0 - eps) / counts.sum()) + eps / len(counts)
+    return counts * ((1.0 - eps) / counts.sum(-1, keepdim=True)) + eps / counts.shape[-1]
 
 
 def calibrated_softmax(prior: Tensor) -> OutputTerm:
@@ -35,30 +34,30 @@ def calibrated_softmax(prior: Tensor) -> OutputTerm:
     softmax(z + log q): the logits need not learn what the prior says. A class of prior zero
     is left out of the softmax.
     """
-    shift = prior.log()
+    shift = prior.log()[..., None, :]
 
     def term(done: Pass) -> Tensor:
-        return functional.cross_entropy(done.logits + shift, done.labels)
+        return surprise(done, done.logits + shift, done.labels)
 
     return term
 
 
 def label_margin(counts: Tensor, tau: float) -> OutputTerm:
     """Cross entropy of softmax(z - tau n^(-1/4)): the fewer samples, the wider the margin."""
-    margin = tau * counts.clamp_min(ABSENT).pow(-0.25)
+    margin = (tau * counts.clamp_min(ABSENT).pow(-0.25))[..., None, :]
 
     def term(done: Pass) -> Tensor:
-        return functional.cross_entropy(done.logits - margin, done.labels)
+        return surprise(done, done.logits - margin, done.labels)
 
     return term
 
 
 def restricted_softmax(counts: Tensor, alpha: float) -> OutputTerm:
     """Cross entropy where the logits of classes without samples here are scaled by alpha."""
-    scale = torch.where(counts > 0, 1.0, alpha)
+    scale = torch.where(counts > 0, 1.0, alpha)[..., None, :]
 
     def term(done: Pass) -> Tensor:
-        return functional.cross_entropy(done.logits * scale, done.labels)
+        return surprise(done, done.logits * scale, done.labels)
 
     return term
 

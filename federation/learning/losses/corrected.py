@@ -17,7 +17,9 @@ from federation.learning.losses.objective import (
     Leavings,
     Objective,
     Scene,
+    Value,
     WeightTerm,
+    inner,
 )
 from federation.learning.losses.terms import cross_entropy, number_in
 from federation.learning.submodel import LEARNED
@@ -41,9 +43,9 @@ def plain_steps(steps: int, momentum: float) -> float:
 def linear(direction: Tensor) -> WeightTerm:
     """The term <direction, w - w_base>: adds a constant vector (P,) to the gradient."""
 
-    def add(weights: Tensor, base: Tensor, gradient: Tensor) -> float:
+    def add(weights: Tensor, base: Tensor, gradient: Tensor) -> Value:
         gradient.add_(direction)
-        return float(torch.dot(direction, weights - base))
+        return inner(direction, weights - base)
 
     return add
 
@@ -58,10 +60,10 @@ def dynamic(alpha: float, drift: Tensor) -> WeightTerm:
         drift: g / alpha, (P,).
     """
 
-    def add(weights: Tensor, base: Tensor, gradient: Tensor) -> float:
+    def add(weights: Tensor, base: Tensor, gradient: Tensor) -> Value:
         away = weights - base
         gradient.add_(away, alpha=alpha).add_(drift, alpha=-alpha)
-        return alpha * (0.5 * float(torch.dot(away, away)) - float(torch.dot(drift, away)))
+        return alpha * (0.5 * inner(away, away) - inner(drift, away))
 
     return add
 

@@ -18,12 +18,14 @@ from federation.learning.losses.objective import (
     BuildObjective,
     Ending,
     Leavings,
+    Likeness,
     Objective,
     OutputTerm,
     Pass,
     Scene,
+    batch_mean,
 )
-from federation.learning.losses.terms import cross_entropy, number_in
+from federation.learning.losses.terms import cross_entropy, divergence, number_in
 from federation.learning.models import forward_pass
 
 Teacher: TypeAlias = Callable[[Tensor], Tensor]
@@ -40,22 +42,27 @@ def not_true_distillation(teacher: Teacher, tau: float) -> OutputTerm:
     """tau^2 KL(teacher || model) over the classes that are not the label, at temperature tau."""
 
     def term(done: Pass) -> Tensor:
-        true = done.labels[:, None]
-        mine = (done.logits / tau).scatter(1, true, _NEVER).log_softmax(1)
-        known = (teacher(done.x) / tau).scatter(1, true, _NEVER).softmax(1)
-        return tau * tau * functional.kl_div(mine, known, reduction="batchmean")
+        true = done.labels[..., None]
+        mine = (done.logits / tau).scatter(-1, true, _NEVER).log_softmax(-1)
+        known = (teacher(done.x) / tau).scatter(-1, true, _NEVER).softmax(-1)
+        return tau * tau * divergence(done, mine, known)
 
     return term
 
 
 def vacant_distillation(teacher: Teacher, counts: Tensor) -> OutputTerm:
-    """KL(teacher || model) over the classes of which the device has no sample."""
-    vacant = torch.nonzero(counts == 0).reshape(-1)
+    """KL(teacher || model) over the classes of which the device has no sample.
+
+    Devices side by side have none of equally many classes.
+    """
+    vacant = torch.nonzero(counts == 0)[:, -1].reshape(*counts.shape[:-1], 1, -1)
+
+    def over_vacant(logits: Tensor) -> Tensor:
+        return logits.gather(-1, vacant.expand(*logits.shape[:-1], -1))
 
     def term(done: Pass) -> Tensor:
-        mine = done.logits[:, vacant].log_softmax(1)
-        known = teacher(done.x)[:, vacant].softmax(1)
-        return functional.kl_div(mine, known, reduction="batchmean")
+        mine = over_vacant(done.logits).log_softmax(-1)
+        return divergence(done, mine, over_vacant(teacher(done.x)).softmax(-1))
 
     return term
 
@@ -66,12 +73,16 @@ def logit_suppression(counts: Tensor) -> OutputTerm:
     p are the device's shares of labels. A class that is the label of the whole batch has no
     term in it: there is nothing to suppress.
     """
-    shares = counts / counts.sum()
+    shares = counts / counts.sum(-1, keepdim=True)
 
     def term(done: Pass) -> Tensor:
-        others = done.logits.scatter(1, done.labels[:, None], _NEVER).logsumexp(0)
-        mean = others - math.log(len(done.labels))
-        return torch.where(others > 0.5 * _NEVER, mean * shares, 0.0).sum()
+        others = done.logits.scatter(-1, done.labels[..., None], _NEVER)
+        samples: float | Tensor = math.log(done.labels.shape[-1])
+        if done.shares is not None:
+            others = others.masked_fill(done.shares[..., None] == 0.0, _NEVER)
+            samples = (done.shares > 0.0).sum(-1, keepdim=True).log()
+        total = others.logsumexp(-2)
+        return torch.where(total > 0.5 * _NEVER, (total - samples) * shares, 0.0).sum(-1)
 
     return term
 
@@ -86,9 +97,9 @@ def contrast(world: Teacher, previous: Teacher, tau: float) -> OutputTerm:
     """
 
     def term(done: Pass) -> Tensor:
-        towards = functional.cosine_similarity(done.features, world(done.x))
-        back = functional.cosine_similarity(done.features, previous(done.x))
-        return functional.softplus((back - towards) / tau).mean()
+        towards = functional.cosine_similarity(done.features, world(done.x), -1)
+        back = functional.cosine_similarity(done.features, previous(done.x), -1)
+        return batch_mean(functional.softplus((back - towards) / tau), done.shares)
 
     return term
 
@@ -114,11 +125,16 @@ def _vacant(scene: Scene) -> Objective:
     suppression = number_in(scene, "suppression")
     parts: list[tuple[float, OutputTerm]] = []
     # Over a single class every softmax is 1, and there is nothing to distil.
-    if lam > 0.0 and int((scene.counts == 0).sum()) > 1:
+    if lam > 0.0 and vacancies(scene.counts) > 1:
         parts.append((lam, vacant_distillation(_logits_of(scene.frozen()), scene.counts)))
     if suppression > 0.0:
         parts.append((suppression, logit_suppression(scene.counts)))
     return Objective(_weighted(parts, calibrated_softmax(smooth_prior(scene.counts, eps))))
+
+
+def vacancies(counts: Tensor) -> int:
+    """Of how many classes there is no sample here; devices side by side are alike in this."""
+    return int((counts == 0).sum(-1).max())
 
 
 def _contrastive(scene: Scene) -> Objective:
@@ -162,3 +178,4 @@ OBJECTIVES: Mapping[str, BuildObjective] = MappingProxyType(
         "contrastive": _contrastive,
     }
 )
+LIKENESSES: Mapping[str, Likeness] = MappingProxyType({"vacant_distillation": vacancies})

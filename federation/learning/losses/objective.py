@@ -1,12 +1,17 @@
 """What one method minimises on one device: terms, what they may look at, what they leave.
 
-Two kinds of term: an `OutputTerm` looks at one forward pass and is differentiated by
-autograd; a `WeightTerm` looks at the weights themselves, knows its own gradient and adds it
-in place, which for all weights in one flat vector costs two operations.
+All of it may also be of K devices at once, which only sit side by side: then every tensor has a
+first dimension K more than is said here, and a term gives (K,) in place of a scalar. So terms
+count dimensions from the last.
+
+Two kinds of term: an `OutputTerm` looks at one forward pass and is differentiated by autograd; a
+`WeightTerm` looks at the weights themselves, knows its own gradient and adds it in place, which
+for all weights in one flat vector costs two operations.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -23,6 +28,8 @@ class Pass:
 
     `features`, (B, d), is what the classifier gets; `logits` are (B, classes). `exits` are the
     logits of every exit of a model that has several, the deepest last; else it is empty.
+    `shares`, (K, B), are of K devices only: the part of each sample in its device's mean, 0
+    where a smaller batch is filled up.
     """
 
     x: Tensor
@@ -30,13 +37,29 @@ class Pass:
     features: Tensor
     logits: Tensor
     exits: tuple[Tensor, ...] = ()
+    shares: Tensor | None = None
+
+
+def batch_mean(values: Tensor, shares: Tensor | None) -> Tensor:
+    """The mean over the batch, the last dimension of these values, with a pass's shares."""
+    return values.mean(-1) if shares is None else (values * shares).sum(-1)
 
 
 OutputTerm: TypeAlias = Callable[[Pass], Tensor]
 """The mean over the batch, a scalar."""
 
-WeightTerm: TypeAlias = Callable[[Tensor, Tensor, Tensor], float]
+Value: TypeAlias = float | Tensor
+"""What a term over the weights comes to: a number, or (K,) of K devices."""
+
+WeightTerm: TypeAlias = Callable[[Tensor, Tensor, Tensor], Value]
 """(weights, base, gradient), each (P,): add to the gradient, return the term's value."""
+
+
+def inner(one: Tensor, other: Tensor) -> Value:
+    """The inner product of two vectors (P,), or of each of K pairs of them."""
+    if one.ndim == 1:
+        return float(torch.dot(one, other))
+    return (one * other).sum(-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,28 +83,34 @@ class Scene:
 
     def flat(self, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
         """The tensors `<prefix>/<parameter>` as one vector (P,); zero where there is none."""
+        devices = self.base.shape[:-1]
         parts = [
-            tensors[f"{prefix}/{name}"].reshape(-1)
-            if f"{prefix}/{name}" in tensors
-            else torch.zeros(parameter.numel())
+            tensors.get(f"{prefix}/{name}", torch.zeros_like(parameter)).reshape(*devices, -1)
             for name, parameter in self.model.named_parameters()
         ]
-        return torch.cat(parts)
+        return torch.cat([part.detach() for part in parts], -1)
 
     def named(self, flat: Tensor, prefix: str) -> Weights:
         """The other way: the vector (P,) as arrays `<prefix>/<parameter>`."""
-        named: Weights = {}
-        start = 0
-        for name, parameter in self.model.named_parameters():
-            piece = flat[start : start + parameter.numel()]
-            named[f"{prefix}/{name}"] = piece.reshape(parameter.shape).numpy().copy()
-            start += parameter.numel()
-        return named
+        named = {f"{prefix}/{name}": piece for name, piece in self._pieces(flat)}
+        return {name: piece.numpy().copy() for name, piece in named.items()}
 
     def frozen(self) -> nn.Module:
-        """A copy of the model as it is now, which no step changes: a teacher."""
-        teacher = copy.deepcopy(self.model)
-        return teacher.requires_grad_(requires_grad=False).eval()
+        """A copy of the model with the weights it begins from, which no step changes: a teacher."""
+        teacher = copy.deepcopy(self.model).requires_grad_(requires_grad=False).eval()
+        for parameter, (_, piece) in zip(
+            teacher.parameters(), self._pieces(self.base), strict=True
+        ):
+            parameter.data.copy_(piece)
+        return teacher
+
+    def _pieces(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's part of a vector (P,), in its shape, by the parameter's name."""
+        start, devices = 0, max(1, math.prod(self.base.shape[:-1]))
+        for name, parameter in self.model.named_parameters():
+            stop = start + parameter.numel() // devices
+            yield name, flat[..., start:stop].reshape(parameter.shape)
+            start = stop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +118,8 @@ class Ending:
     """A training that is over: the weights (P,), the steps done, and the local data.
 
     `features` gives the classifier's inputs (N, d) of all local samples, with the trained
-    weights; `labels` are theirs, (N,).
+    weights; `labels` are theirs, (N,), and -1 where there is no sample: devices side by side may
+    have more and fewer.
     """
 
     weights: Tensor
@@ -104,7 +134,7 @@ class Leavings:
 
     `state` goes to the hub with the update: the device's own answer to each tensor of the
     hub's state, under the same name and of the same shape. `memory` stays on the device, for
-    its next training in the same run.
+    its next training in the same run. Both are of one device, or of K as all tensors here.
     """
 
     state: Weights = field(default_factory=dict)
@@ -119,5 +149,8 @@ class Objective:
     on_weights: tuple[WeightTerm, ...] = ()
     finish: Callable[[Ending], Leavings] | None = None
 
+
+Likeness: TypeAlias = Callable[[Tensor], int]
+"""What of a device's samples of each class, (classes,), decides which terms it has."""
 
 BuildObjective: TypeAlias = Callable[[Scene], Objective]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,22 +12,40 @@ from federation.learning.losses.objective import (
     Objective,
     Pass,
     Scene,
+    Value,
     WeightTerm,
+    batch_mean,
+    inner,
 )
 
 
 def cross_entropy(done: Pass) -> Tensor:
     """The mean negative log-likelihood of the labels, in nats."""
-    return functional.cross_entropy(done.logits, done.labels)
+    return surprise(done, done.logits, done.labels)
+
+
+def surprise(done: Pass, logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the batch of -log softmax(logits) at these labels, in nats."""
+    if done.shares is None:
+        return functional.cross_entropy(logits, labels)
+    each = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return batch_mean(each.view(labels.shape), done.shares)
+
+
+def divergence(done: Pass, mine: Tensor, known: Tensor) -> Tensor:
+    """The mean over the batch of KL(known || exp(mine)) over the last dimension, in nats."""
+    if done.shares is None:
+        return functional.kl_div(mine, known, reduction="batchmean")
+    return batch_mean(functional.kl_div(mine, known, reduction="none").sum(-1), done.shares)
 
 
 def proximal(mu: float) -> WeightTerm:
     """FedProx's pull towards the base: mu/2 ||w - w_base||^2 (arXiv:1812.06127, Eq. 2)."""
 
-    def add(weights: Tensor, base: Tensor, gradient: Tensor) -> float:
+    def add(weights: Tensor, base: Tensor, gradient: Tensor) -> Value:
         away = weights - base
         gradient.add_(away, alpha=mu)
-        return 0.5 * mu * float(torch.dot(away, away))
+        return 0.5 * mu * inner(away, away)
 
     return add
 

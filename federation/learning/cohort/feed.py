@@ -1,0 +1,78 @@
+"""The batches of members side by side: those of `training.batches`, laid out in advance."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from federation.learning.cohort.task import Member
+from federation.learning.training import batches
+
+LAID_OUT_BYTES = 1 << 25
+"""So much is laid out at once, or one step where that is more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One step of A members: samples (A, B, entries), labels (A, B), shares (A, B), sizes (A,).
+
+    A member with fewer than B samples in this step is filled up with one of its own, whose share
+    in the mean is 0.
+    """
+
+    x: Tensor
+    labels: Tensor
+    shares: Tensor
+    sizes: Tensor
+
+
+class Feed:
+    """Gives the steps of a group in order; members that are done leave from the end."""
+
+    def __init__(self, members: Sequence[Member], device: torch.device) -> None:
+        plan = members[0].task.plan
+        self._members, self._device = members, device
+        self._orders = [batches(member.task.plan, member.samples) for member in members]
+        self._x = [member.task.data.x.reshape(member.samples, -1) for member in members]
+        self.width = min(plan.batch_size, max(member.samples for member in members))
+        entries = self._x[0].shape[1]
+        bytes_each = 4 * len(members) * self.width * entries
+        self._steps = min(max(1, LAID_OUT_BYTES // max(1, bytes_each)), members[0].steps)
+        shape = (len(members), self._steps, self.width)
+        self._samples = np.empty((*shape, entries), np.float32)
+        self._labels = np.empty(shape, np.int64)
+        self._index = np.zeros(shape, np.intp)
+        self._sizes = np.empty(shape[:2], np.int64)
+
+    def steps(self, active: int, count: int) -> Iterator[Batch]:
+        """The next so many steps of the first `active` members."""
+        for start in range(0, count, self._steps):
+            yield from self._chunk(active, min(self._steps, count - start))
+
+    def _chunk(self, active: int, count: int) -> Iterator[Batch]:
+        for row in range(active):
+            self._lay_out(row, count)
+        sizes = torch.from_numpy(self._sizes[:active, :count].copy()).to(self._device)
+        widths = self._sizes[:active, :count].max(0)
+        within = torch.arange(self.width, device=self._device) < sizes[..., None]
+        shares = within / sizes[..., None]
+        x = torch.from_numpy(self._samples[:active, :count]).to(self._device)
+        labels = torch.from_numpy(self._labels[:active, :count]).to(self._device)
+        for step in range(count):
+            width = int(widths[step])
+            yield Batch(
+                x[:, step, :width], labels[:, step, :width], shares[:, step, :width], sizes[:, step]
+            )
+
+    def _lay_out(self, row: int, count: int) -> None:
+        index, data = self._index[row, :count], self._members[row].task.data
+        for step in range(count):
+            chosen = next(self._orders[row])
+            index[step, : len(chosen)] = chosen
+            index[step, len(chosen) :] = chosen[0]
+            self._sizes[row, step] = len(chosen)
+        # With mode "raise" NumPy would go through a buffer; these indices are in range.
+        np.take(self._x[row], index, axis=0, out=self._samples[row, :count], mode="clip")
+        np.take(data.y, index, out=self._labels[row, :count], mode="clip")
