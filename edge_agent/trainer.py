@@ -1,7 +1,8 @@
 """The trainer: what turns an assignment and a base into an encoded update.
 
-`fulfil` is that, and the simulation calls it too. `python -m edge_agent.trainer` is the
-child process in which a device calls it, so that torch's memory goes when the child goes.
+`fulfil` is that, and `fulfil_all` is it for many at once: the simulation calls it.
+`python -m edge_agent.trainer` is the child process in which a device calls `fulfil`, so that
+torch's memory goes when the child goes.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,9 +40,15 @@ from federation.errors import CodecError, HeadwaterError, StoreError
 from federation.learning.checkpoint import Checkpoint
 from federation.learning.data import LocalData, load_entry, load_folder
 from federation.learning.submodel import RESIDUAL, within
-from federation.learning.training import UNWATCHED, StoppedError, Supervision, train_locally
+from federation.learning.training import (
+    UNWATCHED,
+    LocalResult,
+    StoppedError,
+    Supervision,
+    train_locally,
+)
 from federation.learning.uplink import pack_update
-from federation.protocol.codec import decode, digest_of, encode
+from federation.protocol.codec import Weights, decode, digest_of, encode
 from federation.protocol.effects import Mixed, Trained
 from federation.protocol.messages import Assignment
 
@@ -128,6 +136,55 @@ def fulfil(
     return trained
 
 
+def fulfil_all(
+    jobs: Sequence[tuple[Assignment, bytes, LocalData, bytes]],
+    *,
+    exact: bool = False,
+    accelerator: str = "auto",
+    threads: int = 1,
+) -> list[Trained]:
+    """What `fulfil` gives for each of these jobs, in their order; they are trained together.
+
+    A job that fails says so in its place, and the others never notice.
+
+    Args:
+        jobs: assignment, encoded base, local samples and memory, as `fulfil` takes them. A base
+            that is many jobs' is decoded once.
+        exact: give the very bits of `fulfil`; otherwise weights agree to 1e-5.
+        accelerator: "cpu", "cuda", or "auto": CUDA where torch finds it.
+        threads: how many cores torch may use.
+
+    Raises:
+        ConfigError: an accelerator that is not there.
+    """
+    from federation.learning.cohort import Task, train_cohort
+
+    bases: dict[bytes, Weights] = {}
+    tasks: dict[int, Task] = {}
+    done: dict[int, Trained] = {}
+    for place, (assignment, base, data, memory) in enumerate(jobs):
+        try:
+            if base not in bases:
+                bases[base] = decode(base)
+            kept = decode(memory) if memory else {}
+            samples = training_part(data, assignment.plan)
+            tasks[place] = Task(bases[base], samples, assignment.plan, kept)
+        except HeadwaterError as error:
+            done[place] = Trained(assignment.attempt, failure=str(error))
+    results = train_cohort(
+        list(tasks.values()), exact=exact, accelerator=accelerator, threads=threads
+    )
+    for (place, task), result in zip(tasks.items(), results, strict=True):
+        assignment = jobs[place][0]
+        try:
+            if isinstance(result, HeadwaterError):
+                raise result
+            done[place] = _answer(assignment, task.weights, task.memory, result)
+        except HeadwaterError as error:
+            done[place] = Trained(assignment.attempt, failure=str(error))
+    return [done[place] for place in range(len(jobs))]
+
+
 def _train(
     assignment: Assignment,
     base: bytes,
@@ -142,7 +199,14 @@ def _train(
     result = train_locally(
         weights, samples, plan, memory=kept, supervision=supervision, resume=resume
     )
-    missed = within(kept, RESIDUAL)
+    return _answer(assignment, weights, kept, result)
+
+
+def _answer(
+    assignment: Assignment, weights: Weights, kept: Weights, result: LocalResult
+) -> Trained:
+    """The letter's worth of a training: the update as the plan wants it, and what stays here."""
+    plan, missed = assignment.plan, within(kept, RESIDUAL)
     update, residual = pack_update(result.weights, weights, plan, missed, result.state)
     left = {**result.memory, **{f"{RESIDUAL}/{name}": part for name, part in residual.items()}}
     return Trained(
