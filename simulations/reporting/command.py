@@ -63,12 +63,12 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
         ConfigError: a folder that is of no run, or one that cannot be written to.
     """
     runs = [read_run(folder) for folder in folders]
-    found = pictures(runs)
     if out is None:
         second = f"-beside-{folders[1].resolve().name}" if len(folders) > 1 else ""
         out = folders[0] / f"report{second}"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        found = pictures(runs)
         for picture in found:
             (out / picture.file).write_bytes(picture.light)
         (out / PAGE).write_text(render_page(runs, found), encoding="utf-8")

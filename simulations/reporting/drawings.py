@@ -122,7 +122,7 @@ def draw_fleet(figure: "Figure", look: Look, runs: Sequence[Run]) -> None:
         Patch(facecolor=colour, edgecolor=look.faint, label=state)
         for colour, state in zip(look.states, STATES, strict=True)
     ]
-    figure.legend(handles=patches, loc="outside upper center", ncols=3)
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(STATES))
 
 
 def draw_traffic(figure: "Figure", look: Look, runs: Sequence[Run]) -> None:

@@ -44,8 +44,8 @@ DASHES = ("-", (0, (5, 2)))
 """The second run's curves are dashed, so that print without colour can tell them apart."""
 
 
-def render(draw: "Callable[[Figure, Look], None]", height: float, look: Look) -> bytes:
-    """A picture as PNG, the same bytes for the same drawing."""
+def render(draw: "Callable[[Figure, Look], None]", size: tuple[float, float], look: Look) -> bytes:
+    """A picture as PNG, of `size` inches; the same bytes for the same drawing."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -63,11 +63,11 @@ def render(draw: "Callable[[Figure, Look], None]", height: float, look: Look) ->
         "text.parse_math": False,
     }
     with rc_context(cast("Any", colours)):
-        figure = Figure(figsize=(8, height), layout="constrained", facecolor=look.paper)
-        FigureCanvasAgg(figure)
+        figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained", facecolor=look.paper)
+        canvas = FigureCanvasAgg(figure)
         draw(figure, look)
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
+        cast("Any", canvas).print_png(file)  # Draws once; savefig would draw twice.
     return file.getvalue()
 
 

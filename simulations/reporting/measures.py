@@ -45,7 +45,7 @@ def percent(share: float) -> str:
 
 def points(share: float) -> str:
     """A difference of shares, with its sign."""
-    return f"{100 * share:+.1f} points"
+    return f"{_sign(share)}{abs(100 * share):.1f} points"
 
 
 def count(number: float) -> str:
@@ -54,7 +54,9 @@ def count(number: float) -> str:
 
 
 def megabytes(size_bytes: float) -> str:
-    """Bytes in MB of 10^6."""
+    """Bytes in MB of 10^6, and below a tenth of it in kB."""
+    if abs(size_bytes) < 1e5:
+        return f"{size_bytes / 1e3:,.1f} kB"
     return f"{size_bytes / 1e6:,.2f} MB"
 
 
@@ -96,9 +98,13 @@ def _change(measure: Measure, first: float | None, second: float | None) -> str:
         return "none"
     if measure.write_change is not None:
         return measure.write_change(change)
-    sign = "+" if change > 0.0 else "\N{MINUS SIGN}"
-    ratio = f" ({100 * change / first:+.0f} %)" if first else ""
+    sign = _sign(change)
+    ratio = f" ({sign}{abs(100 * change / first):,.0f} %)" if first else ""
     return f"{sign}{measure.write(abs(change))}{ratio}"
+
+
+def _sign(change: float) -> str:
+    return "+" if change > 0.0 else "\N{MINUS SIGN}"
 
 
 def _total(values: Sequence[float | None]) -> float | None:

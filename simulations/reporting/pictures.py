@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 Draw: TypeAlias = "Callable[[Figure, Look, Sequence[Run]], None]"
 
 
+NARROW_IN, WIDE_IN = 6.2, 11.0
+"""Inches: on a page two narrow pictures stand beside each other, with text of the same size."""
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
     """A picture on light and on dark paper, PNG; `alt` says what it shows to who cannot see it."""
@@ -48,6 +52,7 @@ class Picture:
     alt: str
     light: bytes
     dark: bytes
+    is_wide: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class Sketch:
     draw: Draw
     is_there: Callable[[Run], bool]
     tell: Callable[[Run], str]
-    height: float = 3.0
+    height: float = 2.8
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
@@ -83,9 +88,11 @@ def _picture(sketch: Sketch, runs: Sequence[Run], there: Sequence[Run]) -> Pictu
             words.append(f"{label}: {sketch.tell(run)}" if len(runs) > 1 else sketch.tell(run))
         else:
             caption += f" Run {label} has no such figures."
-    height = _fleet_height(there) if sketch.draw is draw_fleet else sketch.height
+    is_wide = sketch.draw is draw_fleet
+    height = _fleet_height(there) if is_wide else sketch.height
     if len(there) > 1 and sketch.draw is draw_participation:
-        height *= 1.7
+        height *= 1.6
+    size = (WIDE_IN if is_wide else NARROW_IN, height)
 
     def draw(figure: "Figure", look: Look) -> None:
         sketch.draw(figure, look, there)
@@ -95,8 +102,9 @@ def _picture(sketch: Sketch, runs: Sequence[Run], there: Sequence[Run]) -> Pictu
         title=sketch.title,
         caption=caption,
         alt=f"{sketch.title}. {' '.join(words)}",
-        light=render(draw, height, LIGHT),
-        dark=render(draw, height, DARK),
+        light=render(draw, size, LIGHT),
+        dark=render(draw, size, DARK),
+        is_wide=is_wide,
     )
 
 
@@ -167,7 +175,7 @@ SKETCHES = (
         partial(draw_learning, x=by_round),
         _has_models,
         _tell_learning,
-        4.6,
+        4.2,
     ),
     Sketch(
         "accuracy_by_time.png",
@@ -176,7 +184,7 @@ SKETCHES = (
         partial(draw_learning, x=by_time),
         _has_models,
         _tell_learning,
-        4.6,
+        4.2,
     ),
     Sketch(
         "jitter.png",
@@ -194,7 +202,7 @@ SKETCHES = (
         draw_participation,
         _has_rounds,
         _tell_participation,
-        3.2,
+        2.9,
     ),
     Sketch(
         "fleet.png",
@@ -207,7 +215,7 @@ SKETCHES = (
     Sketch(
         "traffic.png",
         "Bytes",
-        "Updates received and models sent, added up; MB are 10^6 bytes.",
+        "Updates received and models sent, added up; an MB is a million bytes.",
         draw_traffic,
         _has_rounds,
         _tell_traffic,
