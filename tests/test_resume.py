@@ -115,14 +115,19 @@ def test_a_damaged_record_is_never_believed(flipped, tmp_path_factory):
 
 
 def test_the_journal_of_another_run_is_refused(tmp_path):
-    """A journal of another scenario, seed or cut is named, with what to do, and stays."""
+    """A journal of another scenario, seed, cut or exactness is named, with what to do, and stays."""
     with Remembered(InProcess(fleet(), rule=SMALL), tmp_path, owner="smoke, seed 3"):
         pass
     content = journal_path(tmp_path).read_bytes()
 
-    for owner, rule in (("smoke, seed 4", SMALL), ("smoke, seed 3", CohortRule(most=2))):
+    same, other = "smoke, seed 3", "smoke, seed 4"
+    for owner, options in (
+        (other, {"rule": SMALL}),
+        (same, {"rule": CohortRule(most=2)}),
+        (same, {"rule": SMALL, "exact": True}),
+    ):
         with pytest.raises(ConfigError, match=r"not finished, smoke, seed 3 .* remove the file"):
-            Remembered(InProcess(fleet(), rule=rule), tmp_path, owner=owner)
+            Remembered(InProcess(fleet(), **options), tmp_path, owner=owner)
     assert journal_path(tmp_path).read_bytes() == content
 
 

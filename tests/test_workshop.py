@@ -1,18 +1,24 @@
 import dataclasses
+import logging
 import os
 import random
 import signal
 import socket
+import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.trainer import fulfil
 from federation.errors import ConfigError, TrainingError
+from federation.learning.data import LocalData
 from federation.learning.models import initial_weights
 from federation.protocol.codec import encode
 from federation.protocol.effects import Trained
@@ -105,6 +111,29 @@ def test_a_memory_reaches_the_next_training_of_its_device(bench):
     alone = fulfil(second.assignment, second.base, fleet()["d03"], left)
     assert left
     assert told(found) == told(alone)
+
+
+class Lazy(Mapping):
+    """A fleet that builds what a device holds at each access."""
+
+    def __getitem__(self, name):
+        held = fleet()[name]
+        return LocalData(held.x.copy(), held.y.copy())
+
+    def __iter__(self):
+        return iter(fleet())
+
+    def __len__(self):
+        return DEVICES
+
+
+def test_a_fleet_may_be_built_at_each_access(bench):
+    """Data that exist only while they are looked at give the same model."""
+    with InProcess(fleet(), rule=SMALL) as here:
+        expected = average(here, rounds=2)
+
+    with bench(Lazy(), rule=SMALL) as workshop:
+        assert average(workshop, rounds=2) == expected
 
 
 def test_what_is_dropped_before_it_started_is_not_trained(bench, tmp_path):
@@ -320,6 +349,38 @@ def test_no_worker_outlives_its_parent(how, tmp_path):
     assert os.waitpid(parent, 0)[1] != 0
     assert len(pids) == 2
     assert ended(pids)
+
+
+def train_after_computing(folder):
+    torch.set_num_threads(2)
+    square = torch.randn(600, 600, requires_grad=True)
+    (square @ square).sum().backward()
+    stop = threading.Event()
+    busy = threading.Thread(target=keep_logging, args=(stop,))
+    busy.start()
+    try:
+        for turn in range(3):
+            with Processes(fleet(), workers=2, rule=SMALL) as workshop:
+                model = average(workshop, rounds=1)
+            (folder / str(turn)).write_bytes(model)
+    finally:
+        stop.set()
+        busy.join()
+
+
+def keep_logging(stop):
+    while not stop.is_set():
+        logging.getLogger("tests.busy").debug("and on")
+        np.ones((200, 200)) @ np.ones((200, 200))
+
+
+def test_workers_start_from_a_process_that_computes_with_threads(tmp_path):
+    """Forked beside threads that log and compute, after torch used several, workers still train."""
+    assert os.waitpid(forked(partial(train_after_computing, tmp_path)), 0)[1] == 0
+
+    with InProcess(fleet(), rule=SMALL) as here:
+        expected = average(here, rounds=1)
+    assert [(tmp_path / str(turn)).read_bytes() == expected for turn in range(3)] == [True] * 3
 
 
 def test_no_workers_is_refused():

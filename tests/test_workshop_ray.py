@@ -11,6 +11,7 @@ import pytest
 from federation.errors import ConfigError, TrainingError
 from federation.protocol.effects import Trained
 from simulations.workshop import InProcess, RayWorkshop, Remembered
+from simulations.workshop.remembered import journal_path
 from tests.workshops import OWNER, SMALL, average, fleet, job
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -27,12 +28,11 @@ def test_a_run_on_ray_has_the_bits_of_one_process(exact, tmp_path):
     inner = RayWorkshop(fleet(), workers=2, exact=exact, rule=SMALL)
     with Remembered(inner, tmp_path, owner=OWNER) as workshop:
         assert average(workshop) == expected
-    with Remembered(InProcess(fleet(), train=fail, rule=SMALL), tmp_path, owner=OWNER) as again:
+    journal = journal_path(tmp_path).read_bytes()
+    inner = InProcess(fleet(), exact=exact, rule=SMALL)
+    with Remembered(inner, tmp_path, owner=OWNER) as again:
         assert average(again) == expected
-
-
-def fail(assignment, *_):
-    return Trained(assignment.attempt, failure="this was to be remembered")
+    assert journal_path(tmp_path).read_bytes() == journal
 
 
 @needs_ray

@@ -26,7 +26,7 @@ class CohortRule:
     one core some 10 ms to train.
     """
 
-    most: int = 32
+    most: int = 64
     macs: float = 5e7
 
 

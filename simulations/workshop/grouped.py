@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from federation.errors import TrainingError
 from federation.learning.data import LocalData
 from federation.protocol.effects import Trained
-from simulations.workshop.cohorts import CohortRule, cut
+from simulations.workshop.cohorts import cut
 from simulations.workshop.job import Bench, Job
+from simulations.workshop.manner import Manner
 
 
 class Grouped:
@@ -17,8 +18,8 @@ class Grouped:
     bits, on every bench.
     """
 
-    def __init__(self, bench: Bench, data: Mapping[str, LocalData], rule: CohortRule) -> None:
-        self.bench, self.data, self.rule = bench, data, rule
+    def __init__(self, bench: Bench, data: Mapping[str, LocalData], manner: Manner) -> None:
+        self.bench, self.data, self.manner = bench, data, manner
         self._waiting: dict[str, Job] = {}
         self._started: dict[str, int] = {}
         self._wanted: dict[int, dict[str, int]] = {}
@@ -75,7 +76,7 @@ class Grouped:
 
     def _start_all(self) -> None:
         jobs, self._waiting = list(self._waiting.values()), {}
-        for cohort in cut(jobs, self.data, self.rule):
+        for cohort in cut(jobs, self.data, self.manner.rule):
             self._number += 1
             attempts = {job.assignment.attempt: place for place, job in enumerate(cohort)}
             self._wanted[self._number] = attempts

@@ -4,22 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from federation.learning.data import LocalData
 from federation.protocol.effects import Trained
-from simulations.workshop.cohorts import ALONE, CohortRule
+from simulations.workshop.cohorts import CohortRule
 from simulations.workshop.grouped import Grouped
-from simulations.workshop.job import Fulfil, Job, Trainer, fulfilment, one_by_one
-
-TOGETHER = CohortRule()
-"""How jobs are cut where they gain from being trained together."""
-
-EACH = CohortRule(most=4)
-"""How jobs are cut where each is trained as if alone, and only decoding is shared."""
-
-
-def usual_rule(*, exact: bool, train: Trainer | None) -> CohortRule:
-    """The rule where nobody says otherwise. Every workshop takes it, for the same bits."""
-    if train is not None:
-        return ALONE
-    return EACH if exact else TOGETHER
+from simulations.workshop.job import Job, Trainer
+from simulations.workshop.manner import Manner, manner_of
 
 
 class InProcess(Grouped):
@@ -40,32 +28,25 @@ class InProcess(Grouped):
         train: Trainer | None = None,
         rule: CohortRule | None = None,
     ) -> None:
-        fulfil = fulfilment(exact=exact) if train is None else one_by_one(train)
-        super().__init__(_Here(data, fulfil), data, rule or usual_rule(exact=exact, train=train))
+        manner = manner_of(exact=exact, train=train, rule=rule)
+        super().__init__(_Here(data, manner), data, manner)
 
 
 class _Here:
     """A bench in this process: nothing is trained before it is asked for."""
 
-    def __init__(self, data: Mapping[str, LocalData], fulfil: Fulfil) -> None:
-        self._data, self._fulfil = data, fulfil
+    def __init__(self, data: Mapping[str, LocalData], manner: Manner) -> None:
+        self._data, self._manner = data, manner
         self._cohorts: dict[int, Sequence[Job]] = {}
 
     def start(self, number: int, cohort: Sequence[Job]) -> None:
         self._cohorts[number] = cohort
 
     def finish(self, number: int) -> list[Trained]:
-        return train_cohort_of(self._cohorts.pop(number), self._data, self._fulfil)
+        return self._manner.train(self._cohorts.pop(number), self._data)
 
     def cancel(self, number: int) -> None:
         self._cohorts.pop(number, None)
 
     def close(self) -> None:
         self._cohorts.clear()
-
-
-def train_cohort_of(
-    cohort: Sequence[Job], data: Mapping[str, LocalData], fulfil: Fulfil
-) -> list[Trained]:
-    """What comes of a cohort, in the order of its jobs."""
-    return fulfil([(job.assignment, job.base, data[job.device], job.memory) for job in cohort])

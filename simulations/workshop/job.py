@@ -4,19 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from edge_agent.trainer import fulfil
 from federation.learning.data import LocalData
 from federation.protocol.effects import Trained
 from federation.protocol.messages import Assignment
 
 Trainer: TypeAlias = Callable[[Assignment, bytes, LocalData, bytes], Trained]
 """Does what one assignment asks for: `edge_agent.trainer.fulfil`."""
-
-Ask: TypeAlias = tuple[Assignment, bytes, LocalData, bytes]
-"""What a `Trainer` is called with."""
-
-Fulfil: TypeAlias = Callable[[Sequence[Ask]], list[Trained]]
-"""Does what many assignments ask for; the results in the order of the asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +66,3 @@ class Bench(Protocol):
     def close(self) -> None:
         """End what was started."""
         ...
-
-
-def one_by_one(train: Trainer) -> Fulfil:
-    """Does many assignments by doing each."""
-
-    def fulfil_each(asks: Sequence[Ask]) -> list[Trained]:
-        return [train(*ask) for ask in asks]
-
-    return fulfil_each
-
-
-def fulfilment(*, exact: bool) -> Fulfil:
-    """How a cohort is trained where nobody says otherwise.
-
-    Args:
-        exact: each result has the bits that the device alone would give; else within 1e-5.
-    """
-    del exact
-    return one_by_one(fulfil)

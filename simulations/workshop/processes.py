@@ -15,8 +15,8 @@ from federation.errors import ConfigError, TrainingError
 from federation.learning.data import LocalData
 from simulations.workshop.cohorts import CohortRule
 from simulations.workshop.grouped import Grouped
-from simulations.workshop.in_process import usual_rule
-from simulations.workshop.job import Fulfil, Job, Trainer, fulfilment, one_by_one
+from simulations.workshop.job import Job, Trainer
+from simulations.workshop.manner import Manner, manner_of
 from simulations.workshop.orders import bases_of, pack_order, unpack_answer
 from simulations.workshop.parcels import Receiver, SharedFile, send_parcel, shared_file
 from simulations.workshop.pool import Answer, Pool
@@ -58,10 +58,10 @@ class Processes(Grouped):
         train: Trainer | None = None,
         rule: CohortRule | None = None,
     ) -> None:
-        fulfil = fulfilment(exact=exact) if train is None else one_by_one(train)
-        crew = Forks(data, workers, fulfil)
+        manner = manner_of(exact=exact, train=train, rule=rule)
+        crew = Forks(data, workers, manner)
         self.pids = crew.pids
-        super().__init__(Pool(crew), data, rule or usual_rule(exact=exact, train=train))
+        super().__init__(Pool(crew), data, manner)
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +77,7 @@ class _Fork:
 class Forks:
     """A crew of forked processes."""
 
-    def __init__(self, data: Mapping[str, LocalData], workers: int, fulfil: Fulfil) -> None:
+    def __init__(self, data: Mapping[str, LocalData], workers: int, manner: Manner) -> None:
         if workers < 1:
             raise ConfigError(f"{workers} workers; expected 1 or more")
         if not hasattr(os, "fork"):
@@ -92,7 +92,7 @@ class Forks:
         self._failure = ""
         self._selector = selectors.DefaultSelector()
         for worker in range(workers):
-            self._forks.append(self._fork(data, fulfil))
+            self._forks.append(self._fork(data, manner))
             self._selector.register(self._forks[-1].channel, selectors.EVENT_READ, worker)
         self._await_start()
 
@@ -146,11 +146,11 @@ class Forks:
             self._shared.close()
             self._shared = None
 
-    def _fork(self, data: Mapping[str, LocalData], fulfil: Fulfil) -> _Fork:
+    def _fork(self, data: Mapping[str, LocalData], manner: Manner) -> _Fork:
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            work(theirs, [ours, *(fork.channel for fork in self._forks)], data, fulfil)
+            work(theirs, [ours, *(fork.channel for fork in self._forks)], data, manner)
         theirs.close()
         return _Fork(pid, ours, Receiver(ours))
 

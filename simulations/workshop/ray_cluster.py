@@ -18,8 +18,8 @@ from federation.errors import ConfigError, TrainingError
 from federation.learning.data import LocalData
 from simulations.workshop.cohorts import CohortRule
 from simulations.workshop.grouped import Grouped
-from simulations.workshop.in_process import train_cohort_of, usual_rule
-from simulations.workshop.job import Fulfil, Job, Trainer, fulfilment, one_by_one
+from simulations.workshop.job import Job, Trainer
+from simulations.workshop.manner import manner_of
 from simulations.workshop.orders import (
     bases_of,
     pack_answer,
@@ -61,7 +61,7 @@ class RayWorkshop(Grouped):
         rule: CohortRule | None = None,
     ) -> None:
         crew = Actors(data, workers, address, exact=exact, train=train)
-        super().__init__(Pool(crew), data, rule or usual_rule(exact=exact, train=train))
+        super().__init__(Pool(crew), data, manner_of(exact=exact, train=train, rule=rule))
 
 
 class Actors:
@@ -174,7 +174,7 @@ class _Actor:
 
         torch.set_num_threads(1)
         self._data = data
-        self._fulfil: Fulfil = fulfilment(exact=exact) if train is None else one_by_one(train)
+        self._manner = manner_of(exact=exact, train=train, rule=None)
 
     def is_ready(self) -> bool:
         return True
@@ -182,9 +182,7 @@ class _Actor:
     def train(self, order: bytes, *bases: bytes) -> bytes:
         parts = msgspec.msgpack.decode(order, type=list[bytes])
         cohort = unpack_order(parts, bases)
-        return msgspec.msgpack.encode(
-            pack_answer(train_cohort_of(cohort, self._data, self._fulfil))
-        )
+        return msgspec.msgpack.encode(pack_answer(self._manner.train(cohort, self._data)))
 
 
 def _ray(address: str | None) -> Any:

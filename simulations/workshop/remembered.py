@@ -41,16 +41,17 @@ class Remembered(Grouped):
     """
 
     def __init__(self, inner: Grouped, folder: Path, *, owner: str) -> None:
-        rule = f"cohorts of {inner.rule.most} or {inner.rule.macs:g} MACs"
+        rule, bits = inner.manner.rule, inner.manner.bits
+        cut = f"trained {bits}, in cohorts of {rule.most} or {rule.macs:g} MACs"
         try:
-            self._journal = Journal(journal_path(folder), f"{owner} ({rule})")
+            self._journal = Journal(journal_path(folder), f"{owner} ({cut})")
         except BaseException:
             inner.close()
             raise
         self._bench = _Remembering(inner.bench, self._journal)
         self.resumed = len(self._journal)
         """How many cohorts and other values an earlier, unfinished run has left."""
-        super().__init__(self._bench, inner.data, inner.rule)
+        super().__init__(self._bench, inner.data, inner.manner)
 
     def remember(self, key: str, make: Callable[[], bytes]) -> bytes:
         """The value of a key: what the journal holds, or else what `make` gives, once.

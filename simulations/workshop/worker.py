@@ -13,8 +13,7 @@ from typing import NoReturn
 import msgspec
 
 from federation.learning.data import LocalData
-from simulations.workshop.in_process import train_cohort_of
-from simulations.workshop.job import Fulfil
+from simulations.workshop.manner import Manner
 from simulations.workshop.orders import pack_answer, unpack_order
 from simulations.workshop.parcels import Receiver, send_parcel
 
@@ -43,7 +42,7 @@ def work(
     channel: socket.socket,
     inherited: Sequence[socket.socket],
     data: Mapping[str, LocalData],
-    fulfil: Fulfil,
+    manner: Manner,
 ) -> NoReturn:
     """Train what comes over the channel until it closes, then end the process at once.
 
@@ -58,7 +57,7 @@ def work(
         threading.Thread(target=_read, args=(channel, orders), daemon=True).start()
         _answer(channel, Heading(0))
         while True:
-            _perform(channel, *orders.get(), data, fulfil)
+            _perform(channel, *orders.get(), data, manner)
     except BaseException:
         _log.exception("worker cannot go on pid=%s", os.getpid())
     finally:
@@ -94,11 +93,11 @@ def _perform(
     parts: list[bytes],
     bases: list[bytes],
     data: Mapping[str, LocalData],
-    fulfil: Fulfil,
+    manner: Manner,
 ) -> None:
     number = msgspec.msgpack.decode(parts[0], type=int)
     try:
-        results = train_cohort_of(unpack_order(parts[1:], bases), data, fulfil)
+        results = manner.train(unpack_order(parts[1:], bases), data)
     except MemoryError:
         failure = "out of memory: use fewer workers, or a smaller batch or model"
         _answer(channel, Heading(number, failure))
