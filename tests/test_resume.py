@@ -115,7 +115,7 @@ def test_a_damaged_record_is_never_believed(flipped, tmp_path_factory):
 
 
 def test_the_journal_of_another_run_is_refused(tmp_path):
-    """A journal of another scenario, seed, cut or exactness is named, with what to do, and stays."""
+    """A journal of another scenario, seed or manner is named, with what to do, and stays."""
     with Remembered(InProcess(fleet(), rule=SMALL), tmp_path, owner="smoke, seed 3"):
         pass
     content = journal_path(tmp_path).read_bytes()
