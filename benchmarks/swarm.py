@@ -15,7 +15,7 @@ from benchmarks.raw_swarm import exchanges_per_s
 from cloud.broker import start_broker
 from cloud.record.store import Store
 from federation.errors import HeadwaterError
-from simulations.processes import Process
+from simulations.processes import Process, write_toml
 from simulations.swarm.trial import SwarmResult
 
 UPDATE_BYTES = 100_000
@@ -90,7 +90,8 @@ def _swarm(options: Options, shape: Shape) -> tuple[SwarmResult, Cost]:
     folder = options.folder / "swarm"
     settings = hub_settings(folder, options.broker)
     words = ["--agents", str(shape.agents), "--rounds", str(shape.rounds), "--drop", str(DROP)]
-    words += ["--hub", str(folder / "hub.toml"), "--json"]
+    plan = write_toml(folder / "swarm.toml", {"patience_s": PATIENCE_S})
+    words += ["--hub", str(folder / "hub.toml"), "--config", str(plan), "--json"]
     command = [sys.executable, "-m", "simulations", "swarm", *words]
     swarm = Process(command, folder / "swarm.log", {"PYTHONPATH": str(ROOT)})
     with serving(settings, folder) as (hub, store), running([swarm]):

@@ -60,6 +60,7 @@ def run_swarm(
             namespace=(record.namespace if record is not None else plan.namespace) or "fleet",
             password=password(),
             keepalive_s=plan.keepalive_s,
+            patience_s=plan.patience_s,
             heartbeat_s=plan.heartbeat_s,
             dropping=Dropping(share=drop, away_s=plan.away_s, seed=plan.seed),
             seed=plan.seed,

@@ -123,11 +123,11 @@ class Connection:
         self.publish(route, goodbye)
         while self.is_up and self._loop.time() < give_up_at:
             if not (self._letters or self._unacked or self._client.want_write()):
+                self._end(Ending("closed"))
                 self._client.disconnect()
                 self._client.loop_write()
-                break
             await asyncio.sleep(0.02)
-        self.abort("closed")
+        self.abort("closed before the broker took everything")
 
     # paho, and the loop that drives it -----------------------------------------------------
 

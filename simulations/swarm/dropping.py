@@ -1,13 +1,13 @@
 """Which agents of a swarm drop out of a round, at which moment, how, and for how long."""
 
+import random
 from dataclasses import dataclass
 from typing import Literal
 
 from edge_agent.facts import AgentFact, AssignmentKept, ChunkKept, UpdateKept
 from federation.protocol import messages as m
 from federation.protocol.effects import Effect, Record, Send, Train
-from simulations.device import PHASES
-from simulations.world import draws_of
+from simulations.tables import PHASES
 
 Kind = Literal["cut", "killed"]
 
@@ -35,7 +35,7 @@ class Drop:
 
 def drop_of(dropping: Dropping, attempt: str) -> Drop | None:
     """What shall befall an agent during an attempt; the same each time it is asked."""
-    rng = draws_of(dropping.seed, f"drop/{attempt}")
+    rng = random.Random(f"{dropping.seed}/drop/{attempt}")  # noqa: S311 - nothing secret is drawn
     if rng.random() >= dropping.share:
         return None
     kind: Kind = "cut" if rng.random() < 0.5 else "killed"

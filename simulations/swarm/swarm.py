@@ -21,8 +21,6 @@ from simulations.swarm.training import Trainer
 AT_ONCE = 32
 """So many agents shake hands with the broker at the same time."""
 
-CONNECT_PATIENCE_S = 120.0
-
 DESCRIPTORS_EACH = 4
 """A socket and paho's pair of them, and one more for the connection that just ended."""
 
@@ -37,6 +35,7 @@ class SwarmConfig:
     broker: str
     namespace: str = "fleet"
     keepalive_s: int = 30
+    patience_s: float = 120.0
     password: str = ""
     heartbeat_s: float = 30.0
     dropping: Dropping = NOBODY
@@ -149,7 +148,7 @@ async def swarming(config: SwarmConfig, trainer: Trainer) -> AsyncIterator[Swarm
         await swarm.wait_until(
             lambda: swarm.linked == config.agents,
             f"{config.agents} agents at {config.broker}",
-            patience_s=CONNECT_PATIENCE_S,
+            patience_s=config.patience_s,
         )
         yield swarm
     finally:

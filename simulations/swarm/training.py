@@ -1,4 +1,4 @@
-"""What a swarm's agents do with an assignment: train for real, or send the base model back."""
+"""What a swarm's agents do with an assignment: train for real, or hardly anything."""
 
 import asyncio
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from federation.errors import HeadwaterError
 from federation.learning.data import LocalData
@@ -30,9 +31,10 @@ class Trainer(Protocol):
 
 
 class Echo:
-    """Sends the base model back as an update, packed as the plan asks: all is overhead.
+    """Sends the base model back with one weight moved, packed as the plan asks: all is overhead.
 
-    Each device reports as many samples as it is told to here, so that sums tell who counted.
+    Since a weight moves, every round has another model that all devices fetch. Each device
+    reports as many samples as it is told to here, so that sums tell who counted.
     """
 
     def __init__(self, samples: Mapping[str, int]) -> None:
@@ -42,7 +44,7 @@ class Echo:
     async def train(
         self, device: str, assignment: Assignment, base: bytes, memory: bytes
     ) -> Trained:
-        """The base model of this assignment; `memory` stays as it is."""
+        """The base model, all but the same; `memory` stays as it is."""
         try:
             update = self._pack(assignment, base)
         except HeadwaterError as error:
@@ -64,7 +66,10 @@ class Echo:
 
 def _echo(plan: LocalPlan, base: bytes) -> bytes:
     weights = decode(base)
-    return pack_update(weights, weights, plan, {}, {})[0]
+    first = min(weights)
+    moved = weights[first].copy()
+    moved.flat[0] += np.float32(0.001)
+    return pack_update({**weights, first: moved}, weights, plan, {}, {})[0]
 
 
 class RealTrainer:
