@@ -1,10 +1,8 @@
 """A report shows what a run's folder holds, harmlessly, and says what it does not hold."""
 
-import csv
 import html.parser
 import io
 import json
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,137 +13,23 @@ import pytest
 import typer
 from msgspec.structs import replace
 from PIL import Image
-from rich.console import Console
 from typer.testing import CliRunner
 
 from federation.errors import ConfigError
-from simulations.report import RoundResult
 from simulations.reporting.attempts import worst_and_best
 from simulations.reporting.command import Report, render_report, write_report
 from simulations.reporting.look import LIGHT
 from simulations.reporting.page import render_page
-from simulations.reporting.progress import run_progress
 from simulations.reporting.reading import read_run
 from simulations.scenario import find_scenario, read_scenario
 from simulations.simulation import simulate
+from tests.reported import COUNTED, HEADER, LOST, one_round, whole_result, write_run
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=y>{{7*7}}$\\frac{\u202eevil\x00\x1b[2J"
-HEADER = (
-    "round", "place", "device", "status", "reason", "opened_s", "ended_s", "train_s", "energy_j",
-    "bytes_up", "bytes_down",
-)  # fmt: skip
 PICTURES = {
     "accuracy_by_round.png", "accuracy_by_time.png", "jitter.png", "participation.png",
     "fleet.png", "traffic.png", "energy.png", "round_time.png",
 }  # fmt: skip
-COUNTED, LOST, IN_VAIN = 2, 3, 4
-
-
-# A run's folder, written as a run writes it -------------------------------------------------
-
-
-def write_run(
-    folder: Path,
-    *,
-    seed: int = 0,
-    rounds: int = 12,
-    devices: int = 30,
-    name: str = "fleet",
-    namer: Callable[[int], str] = "d{:02d}".format,
-    reason: str = "its link was lost",
-) -> dict[str, Any]:
-    """Draw a run from a seed and write its three files; gives what its result.json says."""
-    draws = random.Random(seed)
-    states = np.zeros((rounds, devices), np.uint8)
-    attempts: list[tuple[object, ...]] = []
-    rows = []
-    now = 1.0
-    for number in range(1, rounds + 1):
-        fates = draws.choices((0, 1, COUNTED, LOST, IN_VAIN), (3, 2, 8, 2, 2), k=devices)
-        states[number - 1] = fates
-        ended = now + draws.uniform(8.0, 20.0)
-        row = one_round(number, fates, (now, ended), namer, reason)
-        for place, fate in enumerate(fates):
-            if fate >= COUNTED:
-                up = 1000 if fate == COUNTED else 0
-                ends = (now, ended) if place else (now, "")
-                status = {COUNTED: "received", LOST: "lost", IN_VAIN: "cancelled"}[fate]
-                attempts.append(
-                    (number, place, namer(place), status, reason, *ends, 0.5, 2.5, up, 1100)
-                )
-        rows.append(row)
-        now = ended
-    result = whole_result(rows, name, seed, now)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    with (folder / "attempts.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([HEADER, *attempts])
-    np.save(folder / "fleet.npy", states)
-    return result
-
-
-def one_round(
-    number: int,
-    fates: list[int],
-    span_s: tuple[float, float],
-    namer: Callable[[int], str],
-    reason: str,
-) -> dict[str, Any]:
-    counted = [namer(place) for place, fate in enumerate(fates) if fate == COUNTED]
-    is_closed = bool(counted) and number != 3
-    words = {LOST: ("lost", reason), IN_VAIN: ("cancelled", "its round has closed")}
-    asked = sum(fate >= COUNTED for fate in fates)
-    return {
-        "round": number,
-        "status": "closed" if is_closed else "abandoned",
-        "opened_s": span_s[0],
-        "closed_s": span_s[1],
-        "asked": asked,
-        "not_asked": {"not available in this round": fates.count(0)},
-        "devices": counted if is_closed else [],
-        "dropped": [
-            {"device": namer(place), "status": words[fate][0], "reason": words[fate][1]}
-            for place, fate in enumerate(fates)
-            if fate in words
-        ],
-        "interruptions": fates.count(LOST),
-        "bytes_up": 1000 * len(counted),
-        "bytes_down": 1100 * asked,
-        "training_loss": 1.0 / number,
-        "accuracy": 0.95 - 0.8 / (number + 1) if is_closed else None,
-        "loss": 2.0 / number if is_closed else None,
-        "energy_j": 2.5 * asked,
-        "train_s": 0.5 * asked,
-    }
-
-
-def whole_result(rows: list[dict[str, Any]], name: str, seed: int, now: float) -> dict[str, Any]:
-    reasons = [f"{d['status']}: {d['reason']}" for row in rows for d in row["dropped"]]
-    return {
-        "status": "finished",
-        "reason": f"all {len(rows)} rounds are done",
-        "seed": seed,
-        "virtual_s": now,
-        "rounds": rows,
-        "accuracy": rows[-1]["accuracy"] if rows else None,
-        "initial_accuracy": 0.1,
-        "updates": sum(len(row["devices"]) for row in rows),
-        "refused": {"too-late": 3},
-        "letters_refused": 0,
-        "drop_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
-        "bytes_up": sum(row["bytes_up"] for row in rows),
-        "bytes_down": sum(row["bytes_down"] for row in rows),
-        "wire_up_bytes": 123456,
-        "wire_down_bytes": 234567,
-        "model_sha256": "ab" * 32,
-        "run": {
-            "name": name,
-            "rounds": len(rows),
-            "method": {"name": "fedavg", "params": {}},
-            "training": {"learning_rate": 0.1, "epochs": 1 + seed},
-        },
-        "versions": {"headwater": "0.1.0", "numpy": "2.4.6"},
-    }
 
 
 class Seen(html.parser.HTMLParser):
@@ -493,7 +377,7 @@ def test_a_run_of_one_abandoned_round_has_a_page(tmp_path: Path) -> None:
     assert "accuracy_by_round.png" not in names
 
 
-# The command, real runs, and the bar ----------------------------------------------------------
+# The command, and a real run ----------------------------------------------------------
 
 
 def test_a_real_runs_folder_has_a_report(tmp_path: Path) -> None:
@@ -518,40 +402,3 @@ def test_the_same_run_gives_the_same_page(
     assert {Path(file).name for file in said["pictures"]} == PICTURES
     assert Path(said["page"]).parent == tmp_path / "a" / "b"
     assert said["left_out"] == []
-
-
-@pytest.mark.parametrize("width", [60, 120])
-def test_the_bar_tells_how_far_a_run_is(width: int) -> None:
-    """The bar shows round and accuracy, and on a wide terminal devices and virtual time too."""
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=width)
-    row = RoundResult(
-        round=3, status="closed", opened_s=1.0, closed_s=7200.0, asked=8, not_asked={},
-        devices=("d00", "d01"), accuracy=0.875,
-    )  # fmt: skip
-    with run_progress("[red]smoke", 5, quiet=False, console=console) as on_round:
-        on_round(row)
-
-    last = screen.getvalue()
-    assert "3/5" in last
-    assert "accuracy 87.5 %" in last
-    assert "[red]smoke" in last
-    assert ("8 asked, 6 dropped" in last) == (width == 120)
-    assert ("2.0 h simulated" in last) == (width == 120)
-
-
-def test_the_bar_is_silent_when_nobody_looks() -> None:
-    """Nothing is written where the output is no terminal, or where quiet is asked for."""
-    written = []
-    for is_terminal in (False, True):
-        screen = io.StringIO()
-        console = Console(file=screen, force_terminal=is_terminal, width=120)
-        with run_progress("smoke", 5, quiet=is_terminal, console=console) as on_round:
-            on_round(
-                RoundResult(
-                    round=1, status="abandoned", opened_s=0.0, closed_s=1.0, asked=1, not_asked={}
-                )
-            )
-        written.append(screen.getvalue())
-
-    assert written == ["", ""]
