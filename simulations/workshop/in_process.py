@@ -18,6 +18,8 @@ class InProcess(Grouped):
         exact: the bits of `train_locally`, client by client; else within 1e-5 of it.
         train: in place of the usual training; called for each job by itself.
         rule: how jobs are cut into cohorts. With `exact` or `train` it decides no bit.
+        accelerator: "cpu", "cuda", or "auto": CUDA where torch finds it. What is trained there
+            agrees with other workshops to 1e-5.
     """
 
     def __init__(
@@ -27,8 +29,9 @@ class InProcess(Grouped):
         exact: bool = False,
         train: Trainer | None = None,
         rule: CohortRule | None = None,
+        accelerator: str = "cpu",
     ) -> None:
-        manner = manner_of(exact=exact, train=train, rule=rule)
+        manner = manner_of(exact=exact, train=train, rule=rule, accelerator=accelerator)
         super().__init__(_Here(data, manner), data, manner)
 
 

@@ -1,10 +1,12 @@
 """How cohorts are trained and cut: what every workshop of one run has in common."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
-from edge_agent.trainer import fulfil
+from edge_agent.trainer import fulfil_all
 from federation.learning.data import LocalData
 from federation.protocol.effects import Trained
 from federation.protocol.messages import Assignment
@@ -24,6 +26,10 @@ EACH = CohortRule(most=4)
 """How jobs are cut where each is trained as if alone, and only decoding is shared."""
 
 
+WIDE = CohortRule(most=2048, macs=math.inf)
+"""How jobs are cut for an accelerator, which is idle unless it has many at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Manner:
     """How a cohort is trained, how jobs are cut into cohorts, and what that says of the bits."""
@@ -39,7 +45,13 @@ class Manner:
         )
 
 
-def manner_of(*, exact: bool, train: Trainer | None, rule: CohortRule | None) -> Manner:
+def manner_of(
+    *,
+    exact: bool,
+    train: Trainer | None,
+    rule: CohortRule | None,
+    accelerator: str = "cpu",
+) -> Manner:
     """The manner of a workshop.
 
     Args:
@@ -47,12 +59,23 @@ def manner_of(*, exact: bool, train: Trainer | None, rule: CohortRule | None) ->
         train: in place of the usual training; called for each job by itself.
         rule: how jobs are cut into cohorts (none: as is quickest). With `exact` or `train` it
             decides no bit.
+        accelerator: "cpu", "cuda", or "auto": CUDA where torch finds it.
     """
     if train is not None:
         return Manner(one_by_one(train), rule or ALONE, "each by itself")
     if exact:
-        return Manner(one_by_one(fulfil), rule or EACH, "each by itself")
-    return Manner(one_by_one(fulfil), rule or TOGETHER, "together")
+        return Manner(partial(fulfil_all, exact=True, accelerator="cpu"), rule or EACH, "exactly")
+    device = _resolved(accelerator)
+    usual = TOGETHER if device == "cpu" else WIDE
+    return Manner(partial(fulfil_all, accelerator=device), rule or usual, f"together on {device}")
+
+
+def _resolved(accelerator: str) -> str:
+    if accelerator != "auto":
+        return accelerator
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def one_by_one(train: Trainer) -> Fulfil:

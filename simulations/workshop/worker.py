@@ -34,8 +34,7 @@ def load_torch() -> None:
     """Import what a training needs, before workers are forked: then they need not do it."""
     import torch  # noqa: F401
 
-    from federation.learning import costs  # noqa: F401
-    from federation.learning.losses import objective  # noqa: F401
+    from federation.learning import cohort, costs  # noqa: F401
 
 
 def work(
