@@ -14,6 +14,7 @@ import numpy.typing as npt
 from federation.errors import ConfigError
 from federation.learning.data import LocalData
 from federation.learning.partitions import Indices
+from simulations.draws import key_of, uniform
 
 _NAME = re.compile(r"d(\d+)", re.ASCII)
 
@@ -126,19 +127,23 @@ class Dealt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """Each device draws so many samples of a set, none twice; others may hold them too.
+    """A stretch of shuffled samples for each device, from a place drawn by seed and device alone.
 
-    A draw depends on the seed and the place alone, so that nothing is kept of it.
+    So nothing is kept of a device, and what it holds is a view. No sample is twice with one
+    device; with devices whose stretches overlap it is. `samples` begins again behind its end, so
+    that each of the first `count` can be a first one.
     """
 
     samples: LocalData
+    count: int
     each: int
-    seed: int
+    key: int
 
     def take(self, place: int) -> LocalData:
-        """The draw of the device at this place."""
-        rng = np.random.default_rng([self.seed, 5, place])
-        return self.samples.take(rng.choice(self.samples.samples, self.each, replace=False))
+        """The stretch of the device at this place."""
+        first = int(uniform(self.key, place) * self.count)
+        own = slice(first, first + self.each)
+        return LocalData(self.samples.x[own], self.samples.y[own])
 
 
 def deal(samples: LocalData, parts: Sequence[Indices]) -> Holdings:
@@ -158,4 +163,7 @@ def let_draw(samples: LocalData, devices: int, each: int, seed: int) -> Holdings
             f"fleet.samples is {each}; expected at most the {samples.samples} that are not held "
             "out: correct the scenario"
         )
-    return Holdings(Names(devices), Drawn(samples, each, seed))
+    order = np.random.default_rng([seed, 2]).permutation(samples.samples)
+    shuffled = samples.take(np.concatenate([order, order[: each - 1]]))
+    drawn = Drawn(shuffled, samples.samples, each, key_of(seed, "fleet/drawn"))
+    return Holdings(Names(devices), drawn)

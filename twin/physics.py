@@ -13,7 +13,7 @@ activations and by weights, each with as many products (arXiv:2001.08361, sectio
 
 _FLOAT_BYTES = 4
 _HOUR_S, _DAY_S = 3600.0, 86_400.0
-_LEAST_S = 1e-3  # A boundary that rounding puts nearer is behind us.
+_LEAST_S = 1e-3  # No phase is shorter, so that rounding stops no walk through the day.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +127,7 @@ def training_bytes(parameters: int, *, has_momentum: bool) -> int:
 def charge_after(physics: Physics, charge_j: float, since_s: float, until_s: float) -> float:
     """Gives the charge of an idle battery after a while, from 0 to `battery_j`; inf on mains.
 
-    It takes the steps of a day or two, however long the while: after that, days are alike, or
-    the battery drains by as much every day.
+    It takes a step or two for each day until one day ends as it began.
     """
     if physics.battery_j <= 0.0:
         return math.inf
@@ -150,36 +149,35 @@ def charge_after(physics: Physics, charge_j: float, since_s: float, until_s: flo
 
 def charged_at(physics: Physics, charge_j: float, since_s: float, target_j: float) -> float:
     """Gives when a device that is off will have charged so far; inf where it never will."""
-    begin, end = physics.charging_hours
     if charge_j >= target_j:
         return since_s
-    if physics.charge_w <= 0.0 or begin == end or target_j > physics.battery_j:
+    window_s = _window_s(physics.charging_hours)
+    if physics.charge_w <= 0.0 or window_s < _LEAST_S or target_j > physics.battery_j:
         return math.inf
-    day_j = physics.charge_w * _HOUR_S * ((end - begin) % 24.0 or 24.0)
-    whole = max(math.ceil((target_j - charge_j) / day_j) - 1, 0)
-    at_s, missing_j = since_s + whole * _DAY_S, target_j - charge_j - whole * day_j
-    while True:
-        is_charging, switch_s = _phase(physics.charging_hours, at_s)
-        if is_charging:
-            full_s = at_s + missing_j / physics.charge_w
-            if full_s <= switch_s:
-                return full_s
-            missing_j -= physics.charge_w * (switch_s - at_s)
-        at_s = switch_s
+    need_s = (target_j - charge_j) / physics.charge_w
+    into_s = _since_begin_s(physics.charging_hours, since_s)
+    left_s = max(window_s - into_s, 0.0)
+    if need_s <= left_s:
+        return since_s + need_s
+    need_s -= left_s
+    days = math.ceil(need_s / window_s) - 1
+    return since_s - into_s + (1 + days) * _DAY_S + need_s - days * window_s
 
 
 def _phase(hours: tuple[float, float], at_s: float) -> tuple[bool, float]:
-    """Whether it charges at this time, and when that may change next."""
+    """Whether it charges at this time, and when that changes next."""
+    window_s, into_s = _window_s(hours), _since_begin_s(hours, at_s)
+    is_inside = into_s < window_s
+    return is_inside, at_s + max((window_s if is_inside else _DAY_S) - into_s, _LEAST_S)
+
+
+def _window_s(hours: tuple[float, float]) -> float:
     begin, end = hours
-    hour = at_s / _HOUR_S % 24.0
-    inside = begin <= hour < end if begin <= end else hour >= begin or hour < end
-    ahead = [(edge - hour) % 24.0 * _HOUR_S for edge in hours]
-    nearest_s = min((s for s in ahead if s > _LEAST_S), default=_DAY_S)
-    if min(ahead) <= _LEAST_S and begin != end:
-        # So near before an edge that rounding decides: what holds is what comes after it.
-        middle = (hour + nearest_s / _HOUR_S / 2) % 24.0
-        inside = begin <= middle < end if begin <= end else middle >= begin or middle < end
-    return inside, at_s + nearest_s
+    return (end - begin if begin <= end else 24.0 - begin + end) * _HOUR_S
+
+
+def _since_begin_s(hours: tuple[float, float], at_s: float) -> float:
+    return (at_s - hours[0] * _HOUR_S) % _DAY_S
 
 
 def _is_amount(value: float) -> bool:
