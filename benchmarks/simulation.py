@@ -5,17 +5,18 @@ import sys
 from functools import partial, update_wrapper
 
 from benchmarks.claims import Claim, Options, main
+from benchmarks.simulation_peers.accelerator import measure_accelerator
 from benchmarks.simulation_peers.comparison import NOOP, OVERHEAD, SMALL, all_drivers, compare
 from benchmarks.simulation_peers.scale import measure_scale
 
-PARTS = ("overhead", "small", "scale")
+PARTS = ("overhead", "small", "accelerator", "scale")
 
 
 def measure(options: Options, parts: tuple[str, ...] = PARTS) -> list[Claim]:
     """CPU and wall time of simulated rounds, start-up and memory, all processes counted.
 
-    Parts: `overhead` (nobody trains), `small` (small models), `scale` (a million devices);
-    --claim PART measures one alone.
+    Parts: `overhead` (nobody trains), `small` (small models), `accelerator` (the same where torch
+    sees one), `scale` (a million devices); --claim PART measures one alone.
     """
     cases = (*(OVERHEAD if "overhead" in parts else ()), *(SMALL if "small" in parts else ()))
     claims: list[Claim] = []
@@ -25,6 +26,8 @@ def measure(options: Options, parts: tuple[str, ...] = PARTS) -> list[Claim]:
     if cases:
         blocks = 1 if options.is_quick else 3
         claims += compare(options, all_drivers(options), cases, blocks=blocks)
+    if "accelerator" in parts:
+        claims += measure_accelerator(options)
     if "scale" in parts:
         claims += measure_scale(options)
     return claims

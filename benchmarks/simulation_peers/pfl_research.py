@@ -79,7 +79,9 @@ def run(work: Work) -> Marks | None:
             eval_kwargs={"is_eval": True},
         )
 
-    data = FederatedDataset(make_user, get_user_sampler("random", list(range(work.clients))))
+    data = FederatedDataset(
+        make_user, get_user_sampler("minimize_reuse", list(range(work.clients)))
+    )
     FederatedAveraging().run(
         algorithm_params=NNAlgorithmParams(
             central_num_iterations=work.rounds,
