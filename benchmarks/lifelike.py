@@ -25,9 +25,9 @@ from cloud.initial import initial_model
 from cloud.record.events import event_of
 from cloud.record.queries import EventRow
 from edge_agent.agent import AgentSettings
-from edge_agent.trainer import fulfil
 from federation.errors import HeadwaterError
 from federation.learning.data import LocalData
+from simulations.conditions import Conditions
 from simulations.data.datasets import cache_folder, load
 from simulations.demo.wrist import wrist_fleet
 from simulations.observing import Observed, RoundTimes, observe, read_hub
@@ -35,7 +35,8 @@ from simulations.replaying import befall_again, members_of
 from simulations.scenario import Scenario
 from simulations.simulation import stored
 from simulations.tables import FleetPlan
-from simulations.world import Conditions, World
+from simulations.workshop.in_process import InProcess
+from simulations.world import World
 from twin.fitting import DeviceFit, completed, fit_device, fit_fleet
 
 GOAL = 0.2
@@ -92,15 +93,16 @@ def predict(real: Recorded, folder: Path, is_known: Callable[[int], bool]) -> Ob
 
     fleet = FleetPlan(devices=len(real.data), data="watch", partition="wrist")
     fits = fitted(real.seen, is_known)
-    members = members_of(
-        real.seen, fits, real.data, real.plan, settings=SETTINGS, checkpoint_s=CHECKPOINT_S
-    )
-    with stored(folder, Scenario(run=real.plan, fleet=fleet)) as record:
+    members = members_of(real.seen, fits, real.data, settings=SETTINGS, checkpoint_s=CHECKPOINT_S)
+    with (
+        stored(folder, Scenario(run=real.plan, fleet=fleet)) as record,
+        InProcess(real.data) as workshop,
+    ):
         world = World(
             real.plan,
             initial_model(real.plan),
             members,
-            train=fulfil,
+            workshop=workshop,
             conditions=Conditions(seed=real.plan.seed),
             record=record,
             observe=keep,
