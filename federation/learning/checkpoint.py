@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federation.errors import CodecError
-from federation.protocol.codec import Weights, pack, unpack
+from federation.protocol.codec import Weights
+from federation.protocol.tensors import pack, unpack
 
 
 class Progress(msgspec.Struct, frozen=True):

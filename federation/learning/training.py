@@ -137,6 +137,11 @@ def total_steps(plan: LocalPlan, samples: int) -> int:
         TrainingError: a plan whose numbers are out of range.
     """
     _check_plan(plan)
+    return count_steps(plan, samples)
+
+
+def count_steps(plan: LocalPlan, samples: int) -> int:
+    """As `total_steps`, of a plan that was checked."""
     steps = plan.epochs * math.ceil(samples / plan.batch_size)
     return min(steps, plan.max_steps) if plan.max_steps else steps
 

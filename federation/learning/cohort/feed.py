@@ -1,10 +1,13 @@
 """The batches of members side by side: those of `training.batches`, laid out in advance."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from federation.learning.cohort.task import Member
@@ -29,11 +32,19 @@ class Batch:
 
 
 class Feed:
-    """Gives the steps of a group in order; members that are done leave from the end."""
+    """Gives the steps of a group in order; members that are done leave from the end.
 
-    def __init__(self, members: Sequence[Member], device: torch.device) -> None:
+    Its memory is used again for the next group.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._room: dict[str, NDArray[Any]] = {}
+
+    def open(self, members: Sequence[Member]) -> None:
+        """Begin with the first step of these members, those with the most steps first."""
         plan = members[0].task.plan
-        self._members, self._device = members, device
+        self._members = members
         self._orders = [batches(member.task.plan, member.samples) for member in members]
         self._x = [member.task.data.x.reshape(member.samples, -1) for member in members]
         self.width = min(plan.batch_size, max(member.samples for member in members))
@@ -41,10 +52,16 @@ class Feed:
         bytes_each = 4 * len(members) * self.width * entries
         self._steps = min(max(1, LAID_OUT_BYTES // max(1, bytes_each)), members[0].steps)
         shape = (len(members), self._steps, self.width)
-        self._samples = np.empty((*shape, entries), np.float32)
-        self._labels = np.empty(shape, np.int64)
-        self._index = np.zeros(shape, np.intp)
-        self._sizes = np.empty(shape[:2], np.int64)
+        self._samples = self._array("samples", (*shape, entries), np.float32)
+        self._labels = self._array("labels", shape, np.int64)
+        self._index = self._array("index", shape, np.intp)
+        self._sizes = self._array("sizes", shape[:2], np.int64)
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        size = math.prod(shape)
+        if name not in self._room or self._room[name].size < size:
+            self._room[name] = np.empty(size, dtype)
+        return self._room[name][:size].reshape(shape)
 
     def steps(self, active: int, count: int) -> Iterator[Batch]:
         """The next so many steps of the first `active` members."""

@@ -30,7 +30,7 @@ def scene_of(members: Sequence[Member], model: nn.Module, base: Tensor) -> Scene
     return Scene(
         plan=task.plan,
         params=method_named(task.plan.method).settings(task.plan.params),
-        counts=torch.stack([member.counts for member in members]),
+        counts=torch.from_numpy(np.stack([member.counts for member in members])),
         model=model,
         base=base,
         state=state,

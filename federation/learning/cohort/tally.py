@@ -27,30 +27,37 @@ class Tally:
 
     def reports(self, seconds: float) -> list[Report | TrainingError]:
         """What each member did and saw, the seconds shared out by steps; or why it failed."""
-        table = np.zeros((len(self._steps), 3, len(self._members)))
+        shape = len(self._steps), 3, len(self._members)
+        table = np.zeros(shape)
         for step, told in enumerate(self._steps):
             table[step, :, : told.shape[1]] = told.cpu().numpy()
-        each = seconds / max(1, sum(member.steps for member in self._members))
+        losses, right, sizes = table.transpose(1, 0, 2)
+        is_bad = np.any(~np.isfinite(losses), axis=0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            sums = (losses * sizes).sum(0), right.sum(0), sizes.sum(0)
+        each_s = seconds / max(1, sum(member.steps for member in self._members))
+        columns = zip(
+            self._members, *(total.tolist() for total in sums), is_bad.tolist(), strict=True
+        )
         return [
-            self._report(member, table[: member.steps, :, row], each)
-            for row, member in enumerate(self._members)
+            _failure(member, losses[:, row])
+            if failed
+            else Report(
+                samples=member.samples,
+                steps=member.steps,
+                loss_sum=loss * member.samples / seen,
+                correct=round(hits * member.samples / seen),
+                seconds=each_s * member.steps,
+            )
+            for row, (member, loss, hits, seen, failed) in enumerate(columns)
         ]
 
-    def _report(
-        self, member: Member, told: NDArray[np.float64], seconds: float
-    ) -> Report | TrainingError:
-        losses, right, sizes = told.T
-        if not np.isfinite(losses).all():
-            step = int(np.argmin(np.isfinite(losses)))
-            try:
-                check_loss(float(losses[step]), step + 1, member.steps)
-            except TrainingError as error:
-                return error
-        scale = member.samples / sizes.sum()
-        return Report(
-            samples=member.samples,
-            steps=member.steps,
-            loss_sum=float(losses @ sizes * scale),
-            correct=round(float(right.sum() * scale)),
-            seconds=seconds * member.steps,
-        )
+
+def _failure(member: Member, losses: NDArray[np.float64]) -> TrainingError:
+    """What `train_locally` says of the first loss that is not finite."""
+    step = int(np.argmin(np.isfinite(losses)))
+    try:
+        check_loss(float(losses[step]), step + 1, member.steps)
+    except TrainingError as error:
+        return error
+    raise ValueError("all losses are finite")

@@ -1,13 +1,12 @@
 """What a cohort is asked to train, and which of it can be trained side by side."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
-import msgspec
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from federation.learning.data import LocalData
 from federation.learning.layers import method_part
@@ -15,7 +14,7 @@ from federation.learning.losses import LIKENESSES
 from federation.learning.methods import method_named
 from federation.learning.models import check_samples, sizes_of
 from federation.learning.submodel import OWN, RESIDUAL
-from federation.learning.training import total_steps
+from federation.learning.training import count_steps, total_steps
 from federation.protocol.codec import Weights
 from federation.protocol.messages import LocalPlan
 
@@ -34,70 +33,79 @@ class Task:
 class Member:
     """A task of a cohort, seen through: its place there, its steps, and its label counts.
 
-    `remembered` is what a method may look at of the memory.
+    `counts`, (classes,), are the local samples of each class, `remembered` is what a method may
+    look at of the memory.
     """
 
     place: int
     task: Task
+    samples: int
     steps: int
-    counts: Tensor
+    counts: NDArray[np.float32]
     remembered: Weights
 
-    @property
-    def samples(self) -> int:
-        """The local samples."""
-        return self.task.data.samples
 
+class Sorter:
+    """Sees through the tasks of a cohort, and puts together those that are alike.
 
-def see_through(place: int, task: Task) -> Member:
-    """The task as a member of a cohort.
-
-    Raises:
-        TrainingError: what `train_locally` would refuse before it builds the model.
-        ConfigError: likewise.
+    What is alike in many plans is looked at once.
     """
-    plan, data = task.plan, task.data
-    steps = total_steps(plan, data.samples)
-    check_samples(plan.model, data)
-    counts = np.bincount(data.y, minlength=sizes_of(plan.model)["classes"])
-    kept = {
-        name: tensor
-        for name, tensor in task.memory.items()
-        if name.partition("/")[0] not in {OWN, RESIDUAL}
-    }
-    return Member(place, task, steps, torch.tensor(counts, dtype=torch.float32), kept)
+
+    def __init__(self) -> None:
+        self._classes: dict[Hashable, int] = {}
+        self._groups: dict[Hashable, list[Member]] = {}
+
+    def add(self, place: int, task: Task) -> None:
+        """Take up this task.
+
+        Raises:
+            TrainingError: what `train_locally` would refuse before it builds the model.
+            ConfigError: likewise.
+        """
+        plan, data = task.plan, task.data
+        kind = _kind(plan)
+        samples, entries = data.samples, data.x.shape[1:]
+        if (classes := self._classes.get((kind, entries))) is None:
+            check_samples(plan.model, data)
+            total_steps(plan, samples)
+            method_named(plan.method).settings(plan.params)
+            classes = self._classes[kind, entries] = sizes_of(plan.model)["classes"]
+        if samples == 0 or data.y.min() < 0 or data.y.max() >= classes:
+            check_samples(plan.model, data)
+        counts = np.bincount(data.y, minlength=classes).astype(np.float32)
+        kept = _remembered(task.memory) if task.memory else {}
+        member = Member(place, task, samples, count_steps(plan, samples), counts, kept)
+        self._groups.setdefault((kind, _likeness(member)), []).append(member)
+
+    def groups(self) -> Iterator[list[Member]]:
+        """Members that are alike, those with the most steps first."""
+        for group in self._groups.values():
+            yield sorted(group, key=lambda member: -member.steps)
 
 
-def likeness(member: Member) -> Hashable:
-    """What all members of a group have in common, so that one objective can be that of all."""
-    task, plan = member.task, member.task.plan
-    model = plan.model.name, tuple(sorted(plan.model.sizes.items()))
-    numbers = plan.epochs, plan.max_steps, plan.batch_size, plan.learning_rate
-    memory = tuple(sorted((name, t.shape) for name, t in member.remembered.items()))
-    counted = LIKENESSES.get(method_named(plan.method).loss)
+def _kind(plan: LocalPlan) -> Hashable:
+    """What plans must have in common: all but the seed, and the layers that travel."""
     return (
-        model,
-        *numbers,
-        plan.momentum,
-        plan.weight_decay,
-        plan.method,
-        tuple(sorted(plan.params.items())),
-        math.prod(task.data.x.shape[1:]),
-        memory,
-        # What the hub sends beside the model is looked at as one.
-        id(task.weights) if method_part(task.weights) else 0,
-        counted(member.counts) if counted is not None else 0,
+        (plan.model.name, *sorted(plan.model.sizes.items())),
+        (plan.method, *sorted(plan.params.items())),
+        (plan.epochs, plan.max_steps, plan.batch_size),
+        (plan.learning_rate, plan.momentum, plan.weight_decay),
     )
 
 
-def groups_of(members: Sequence[Member]) -> list[list[Member]]:
-    """Members that are alike, those with the most steps first."""
-    groups: dict[Hashable, list[Member]] = {}
-    for member in members:
-        groups.setdefault(likeness(member), []).append(member)
-    return [sorted(group, key=lambda m: -m.steps) for group in groups.values()]
+def _likeness(member: Member) -> Hashable:
+    """What else, so that one objective can be that of all."""
+    task = member.task
+    counted = LIKENESSES.get(method_named(task.plan.method).loss)
+    return (
+        math.prod(task.data.x.shape[1:]),
+        tuple(sorted((name, tensor.shape) for name, tensor in member.remembered.items())),
+        # What the hub sends beside the model is looked at as one.
+        id(task.weights) if method_part(task.weights) else 0,
+        counted(torch.from_numpy(member.counts)) if counted is not None else 0,
+    )
 
 
-def same_plan(plan: LocalPlan) -> LocalPlan:
-    """The plan without what may differ between members of a group."""
-    return msgspec.structs.replace(plan, seed=0, layers=None)
+def _remembered(memory: Weights) -> Weights:
+    hidden = {OWN, RESIDUAL}
+    return {name: t for name, t in memory.items() if name.partition("/")[0] not in hidden}
