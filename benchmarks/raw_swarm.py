@@ -14,11 +14,15 @@ import random
 import sys
 import time
 from collections import Counter, deque
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from benchmarks.claims import ROOT
 from benchmarks.fleet import check_alive, running
 from benchmarks.processes import wait_until
+from cloud.broker import Broker
 from federation.errors import HeadwaterError
 from federation.protocol.effects import Link
 from federation.protocol.link import Arrived, MailboxConfig
@@ -31,16 +35,23 @@ from simulations.swarm.connection import Connection, raise_descriptor_limit
 PATIENCE_S = 300.0
 
 
-def exchanges_per_s(
-    url: str, folder: Path, *, clients: int, rounds: int, update_bytes: int
-) -> float:
-    """Exchanges a second of all clients together, over a broker that is there.
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """The broker alone: exchanges a second, and CPU seconds an exchange of it and of its ends."""
+
+    rate: float
+    broker_cpu_s: float
+    ends_cpu_s: float
+
+
+def exchange(broker: Broker, folder: Path, *, clients: int, rounds: int, update_bytes: int) -> Bare:
+    """Exchanges of all clients together, over a broker that was started.
 
     Raises:
         HeadwaterError: not done within the patience.
     """
     shape = [str(clients), str(rounds), str(update_bytes)]
-    command = [sys.executable, "-m", "benchmarks.raw_swarm"]
+    command, url = [sys.executable, "-m", "benchmarks.raw_swarm"], broker.url
     environment = {"PYTHONPATH": str(ROOT)}
     crowd = Process([*command, "crowd", url, *shape], folder / "crowd.log", environment)
     middle = Process([*command, "middle", url, *shape], folder / "middle.log", environment)
@@ -53,13 +64,24 @@ def exchanges_per_s(
 
     with running([crowd]):
         wait_until(is_ready, "connecting the clients", patience_s=PATIENCE_S)
+        began_s = process_cpu_s(broker.pid), process_cpu_s(crowd.pid)
         with running([middle]):
             wait_until(lambda: not middle.is_running, "the exchanges", patience_s=PATIENCE_S)
+        ended_s = process_cpu_s(broker.pid), process_cpu_s(crowd.pid)
     try:
-        seconds = float(json.loads(middle.last_words())["seconds"])
+        said = json.loads(middle.last_words())
+        seconds, cpu_s = float(said["seconds"]), float(said["cpu_s"])
     except (ValueError, KeyError) as error:
         raise HeadwaterError(f"no figure of the broker alone:\n{middle.last_words()}") from error
-    return clients * rounds / seconds
+    count = clients * rounds
+    broker_s, crowd_s = (after - before for before, after in zip(began_s, ended_s, strict=True))
+    return Bare(count / seconds, broker_s / count, (crowd_s + cpu_s) / count)
+
+
+def process_cpu_s(pid: int) -> float:
+    """CPU seconds spent by this process alone."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def letters_of(update_bytes: int) -> list[bytes]:
@@ -118,8 +140,8 @@ async def crowd(url: str, clients: int, update_bytes: int) -> None:
     await asyncio.gather(*lives)
 
 
-def middle(url: str, clients: int, rounds: int, update_bytes: int) -> float:
-    """Send to all clients so many times, the next time when the answer is there; seconds."""
+def middle(url: str, clients: int, rounds: int, update_bytes: int) -> dict[str, float]:
+    """Send to all clients so many times, the next time when the answer is there; what it took."""
     letters = letters_of(update_bytes)
     inbox: queue.SimpleQueue[Arrived | Link] = queue.SimpleQueue()
     config = MailboxConfig(
@@ -144,7 +166,7 @@ def middle(url: str, clients: int, rounds: int, update_bytes: int) -> float:
         raise HeadwaterError(f"the middle has no link: {first}")
     waiting = deque((client, letter) for client in range(clients) for letter in letters)
     heard = Counter[str]()
-    left, began = clients * rounds * len(letters), time.perf_counter()
+    left, began, cpu_s = clients * rounds * len(letters), time.perf_counter(), time.process_time()
     while left:
         while waiting and mailbox.publish(Route(down(waiting[0][0])), waiting[0][1]):
             waiting.popleft()
@@ -163,9 +185,9 @@ def middle(url: str, clients: int, rounds: int, update_bytes: int) -> float:
         if rest == 0 and done < rounds:
             client = int(event.topic.split("/")[1])
             waiting.extend((client, letter) for letter in letters)
-    seconds = time.perf_counter() - began
+    took = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_s}
     mailbox.close()
-    return seconds
+    return took
 
 
 def _run() -> None:
@@ -178,8 +200,8 @@ def _run() -> None:
     if given.part == "crowd":
         asyncio.run(crowd(given.url, given.clients, given.update_bytes))
     else:
-        seconds = middle(given.url, given.clients, given.rounds, given.update_bytes)
-        sys.stdout.write(json.dumps({"seconds": seconds}))
+        took = middle(given.url, given.clients, given.rounds, given.update_bytes)
+        sys.stdout.write(json.dumps(took))
 
 
 if __name__ == "__main__":

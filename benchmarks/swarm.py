@@ -11,7 +11,7 @@ import psutil
 from benchmarks.claims import ROOT, Claim, Options, claim, main
 from benchmarks.fleet import check_alive, hub_settings, running, serving
 from benchmarks.processes import MIB
-from benchmarks.raw_swarm import exchanges_per_s
+from benchmarks.raw_swarm import Bare, exchange, process_cpu_s
 from cloud.broker import start_broker
 from cloud.record.store import Store
 from federation.errors import HeadwaterError
@@ -47,14 +47,6 @@ class Cost:
     hub_mb: float
 
 
-@dataclass(frozen=True, slots=True)
-class Bare:
-    """The broker alone: exchanges a second, and its CPU seconds an exchange."""
-
-    rate: float
-    cpu_s: float
-
-
 def measure(options: Options) -> list[Claim]:
     """Updates a second, and what is lost of them or counted twice, of agents that drop out.
 
@@ -73,17 +65,13 @@ def _bare(options: Options, shape: Shape, when: str) -> Bare:
     options.tell(f"the broker alone, {shape.agents} clients, {when} the swarm")
     folder = options.folder / f"bare-{when}"
     with start_broker(options.broker, folder) as broker:
-        process = psutil.Process(broker.pid)
-        began_s = _cpu_s(process)
-        rate = exchanges_per_s(
-            broker.url,
+        return exchange(
+            broker,
             folder,
             clients=shape.agents,
             rounds=shape.bare_rounds,
             update_bytes=UPDATE_BYTES,
         )
-        spent_s = _cpu_s(process) - began_s
-    return Bare(rate, spent_s / (shape.agents * shape.bare_rounds))
 
 
 def _swarm(options: Options, shape: Shape) -> tuple[SwarmResult, Cost]:
@@ -115,12 +103,12 @@ def _watch(hub: Process, swarm: Process, store: Store) -> Cost:
         if time.monotonic() > give_up_at:
             raise HeadwaterError(f"the swarm was not done within {PATIENCE_S:g} s")
         if began is None and any(run.round for run in store.runs()):
-            began = _cpu_s(process), _cpu_s(broker)
+            began = process_cpu_s(hub.pid), process_cpu_s(broker.pid)
         largest = max(largest, process.memory_info().rss / MIB)
         time.sleep(0.25)
     if began is None:
         raise HeadwaterError(f"no round was opened; the swarm said:\n{swarm.last_words()}")
-    return Cost(_cpu_s(process) - began[0], _cpu_s(broker) - began[1], largest)
+    return Cost(process_cpu_s(hub.pid) - began[0], process_cpu_s(broker.pid) - began[1], largest)
 
 
 def _claims(shape: Shape, result: SwarmResult, cost: Cost, bare: list[Bare]) -> list[Claim]:
@@ -144,24 +132,26 @@ def _claims(shape: Shape, result: SwarmResult, cost: Cost, bare: list[Bare]) -> 
             peer_value=1000.0 / ceiling,
             goal=float(f"{SLOWDOWN * 1000.0 / ceiling:.5g}"),
         ),
+        claim(
+            "CPU an update of hub, agents and broker",
+            (cost.hub_cpu_s + cost.broker_cpu_s + result.cpu_s) * ms,
+            "CPU ms",
+            peer="broker alone and its two ends",
+            peer_value=1000.0 * sum(each.broker_cpu_s + each.ends_cpu_s for each in bare) / 2,
+        ),
         claim("hub CPU an update", cost.hub_cpu_s * ms, "CPU ms"),
+        claim("agents' CPU an update", result.cpu_s * ms, "CPU ms"),
         claim(
             "broker CPU an update",
             cost.broker_cpu_s * ms,
             "CPU ms",
             peer="broker alone",
-            peer_value=1000.0 * sum(each.cpu_s for each in bare) / len(bare),
+            peer_value=1000.0 * sum(each.broker_cpu_s for each in bare) / 2,
         ),
-        claim("CPU of all agents an update", result.cpu_s * ms, "CPU ms"),
         claim("median round", median(found.round_s), "s"),
         claim("from task to answer, 95 %", result.delay_s[1], "s"),
         claim("hub's memory", cost.hub_mb, "MiB"),
     ]
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 if __name__ == "__main__":
