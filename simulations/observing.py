@@ -271,6 +271,8 @@ class _Watch:
             part = replace(part, accepted_at=event.at)
         elif status == "training" and part.training_at is None:
             part = replace(part, training_at=event.at)
+            if part.accepted_at == event.at:  # Nothing was fetched: all rides within letters.
+                part = replace(part, down_chunks=0)
             known = self.devices[event.device]
             known.has_trained, known.is_doubtful = True, False
         elif status == "lost":
@@ -298,7 +300,7 @@ class _Watch:
             steps=_count(report.get("steps")),
             samples=_count(report.get("samples")),
             up_bytes=size,
-            up_chunks=chunks,
+            up_chunks=chunks if part.down_chunks else 0,
         )
         self._on_late(event)
         self.open.discard((event.round, event.device))

@@ -4,22 +4,35 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import ANY
 
 import msgspec
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.lifelike import Recorded, compare, predict
+from benchmarks.lifelike import CHECKPOINT_S, Recorded, compare, predict
+from cloud.config import ModelChoice, RunPlan
+from cloud.coordination.rounds import RoundPolicy
+from cloud.initial import initial_model
+from edge_agent.agent import AgentSettings
 from federation.errors import ConfigError
+from federation.learning.plans import TrainingPlan
+from simulations.bus import LinkQuality
+from simulations.device_model import DeviceModel, Member
 from simulations.fitting_command import fit_fleet as fit_command
-from simulations.fleet import fleet_data
 from simulations.observing import Observed, observe, read_hub, read_log
 from simulations.scenario import Scenario, read_scenario
-from simulations.simulation import simulate
+from simulations.simulation import stored
+from simulations.tables import FleetPlan
+from simulations.workshop.in_process import InProcess
+from simulations.world import World
+from tests.simulated import shards
 from twin.fitting import (
     FIGURES,
     Absence,
@@ -32,72 +45,64 @@ from twin.fitting import (
     fit_fleet,
 )
 
-SCENARIO = """
-seed = 3
-[run]
-name = "known"
-rounds = 8
-[run.model]
-name = "mlp"
-sizes = { hidden = 300 }
-[run.policy]
-devices_per_round = 4
-quorum = 2
-gather_s = 1.0
-deadline_s = 60.0
-lost_grace_s = 2.0
-[run.training]
-max_steps = 4
-[fleet]
-devices = 4
-samples = 64
-[link]
-delay_s = [0.04, 0.06]
-up_bps = 1000000.0
-down_bps = 1000000.0
-[device]
-seconds_per_step = 0.5
-keepalive_s = 2.0
-"""
+RATE_BPS = 1e6
 
-FAULTS = """
-[[faults]]
-kind = "late-join"
-device = "d03"
-at_s = 7.5
-[[faults]]
-kind = "kill"
-device = "d00"
-at_s = 11.0
-away_s = 9.0
-[[faults]]
-kind = "cut"
-devices = ["d01"]
-at_s = 16.0
-for_s = 4.0
-[[faults]]
-kind = "hub-kill"
-at_s = 28.0
-away_s = 1.5
-"""
+PACES_S = {"d00": 0.5, "d01": 0.25, "d02": 1.0, "d03": 0.4}
+"""Seconds a step of each device."""
+
+PLAN = RunPlan(
+    name="known",
+    rounds=8,
+    model=ModelChoice(name="mlp", sizes={"hidden": 300}),
+    policy=RoundPolicy(
+        devices_per_round=4, quorum=2, gather_s=1.0, deadline_s=60.0, lost_grace_s=2.0
+    ),
+    training=TrainingPlan(max_steps=2),
+)
+
+USUAL = AgentSettings(heartbeat_s=5.0, keepalive_s=10.0)
 
 
-def simulated(folder: Path, text: str) -> tuple[Scenario, Observed]:
-    """A scenario run to its end, and what its hub's log says of it."""
-    folder.mkdir(exist_ok=True)
-    (folder / "scenario.toml").write_text(text, encoding="utf-8")
-    scenario = read_scenario(folder / "scenario.toml")
-    result = simulate(scenario, folder / "out", cache=folder)
-    assert result.status == "finished", result.reason
-    with (folder / "out" / "events.jsonl").open("rb") as log:
-        return scenario, observe(read_log(log), scenario.run.name)
+def device_of(step_s: float) -> DeviceModel:
+    quality = LinkQuality(delay_s=(0.04, 0.06), up_bps=RATE_BPS, down_bps=RATE_BPS)
+    return DeviceModel(
+        seconds_per_step=step_s, quality=quality, settings=USUAL, checkpoint_s=CHECKPOINT_S
+    )
+
+
+def befall(world: World) -> None:
+    """One is killed, one loses its link, one comes late, and the hub dies."""
+    at = world.clock.call_at
+    at(8.0, world.devices["d00"].kill, 8.0)
+    at(14.0, world.devices["d01"].cut, 4.0)
+    at(22.5, world.hub.kill, 1.5)
+    at(22.5, partial(world.restart_broker, 1.5, forgets=False))
+
+
+def simulated(
+    folder: Path, models: Mapping[str, DeviceModel], befall: Callable[[World], None]
+) -> Observed:
+    """A fleet of these devices, simulated; what the hub in this folder says of it."""
+    scenario = Scenario(run=PLAN, fleet=FleetPlan(devices=len(models)))
+    data = {name: shards(4)[name] for name in models}
+    with stored(folder, scenario) as record, InProcess(data) as workshop:
+        members = [Member(name, data[name], model) for name, model in models.items()]
+        model = initial_model(PLAN)
+        world = World(PLAN, model, members, workshop=workshop, record=record)
+        befall(world)
+        ended = world.run(1000.0)
+        assert ended is not None
+        assert ended.status == "finished", ended.reason
+    return read_hub(folder)[1]
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scenario, Observed]:
-    """A fleet that much befalls: its folder, its scenario, and what its hub saw."""
-    folder = tmp_path_factory.mktemp("faulty")
-    return folder, *simulated(folder, SCENARIO + FAULTS)
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Observed]:
+    """A fleet that much befalls: its hub's folder, and what that saw."""
+    folder = tmp_path_factory.mktemp("faulty") / "hub"
+    models = {name: device_of(step_s) for name, step_s in PACES_S.items()}
+    models["d03"] = replace(models["d03"], joins_at_s=7.5)
+    return folder, simulated(folder, models, befall)
 
 
 def near(figure: Figure | None, low: float, high: float) -> bool:
@@ -108,61 +113,60 @@ def near(figure: Figure | None, low: float, high: float) -> bool:
 
 
 def test_fitting_gives_back_the_physics_of_a_simulated_fleet(tmp_path: Path) -> None:
-    """What a fleet was simulated with is found again in its event log, device by device."""
-    scenario, seen = simulated(tmp_path, SCENARIO)
+    """What a fleet was simulated with is found again in its hub's record, device by device."""
+    models = {name: device_of(step_s) for name, step_s in PACES_S.items()}
+
+    seen = simulated(tmp_path / "hub", models, lambda _: None)
 
     fits = fit_fleet(seen.parts, seen.absences)
-
-    assert list(fits) == ["d00", "d01", "d02", "d03"]
-    upload_s = 8 * seen.parts[0].up_bytes / scenario.link.up_bps
+    upload_s = 8 * seen.parts[0].up_bytes / RATE_BPS
     assert upload_s > 0.5
-    for fit in fits.values():
+    assert list(fits) == list(PACES_S)
+    for name, fit in fits.items():
         assert fit.seconds_per_step is not None
-        assert fit.seconds_per_step.value == pytest.approx(0.5)
-        assert fit.seconds_per_step.count == 8
+        assert fit.seconds_per_step.value == pytest.approx(PACES_S[name])
+        assert fit.seconds_per_step.count == PLAN.rounds
         assert near(fit.delay_s, 0.04, 0.065), fit.delay_s
-        assert near(fit.down_bps, 0.9e6, 1.1e6), fit.down_bps
+        assert near(fit.down_bps, 0.9 * RATE_BPS, 1.1 * RATE_BPS), fit.down_bps
         assert near(fit.overhead_s, 0.9 * upload_s, 1.15 * upload_s), fit.overhead_s
-        assert near(fit.start_s, 0.0, 0.05), fit.start_s
+        assert near(fit.start_s, 0.0, 0.06), fit.start_s
         assert fit.up_bps is None
         assert "one size" in fit.missing["up_bps"]
         assert fit.away_s is None
         assert fit.disbelieved == 0
 
 
-def test_a_log_tells_who_was_away_and_when(faulty: tuple[Path, Scenario, Observed]) -> None:
-    """Kills, cuts, joins and the hub's own death are read from the log at their times."""
-    _, _, seen = faulty
+def test_a_record_tells_who_was_away_and_when(faulty: tuple[Path, Observed]) -> None:
+    """Kills, cuts, joins and the hub's own death are read from the record at their times."""
+    _, seen = faulty
 
     away = {absence.device: absence for absence in seen.absences}
     (hub,) = seen.hub_absences
 
     assert set(away) == {"d00", "d01"}
-    assert (away["d00"].from_s, away["d00"].until_s) == pytest.approx((11.0, 20.0), abs=0.5)
-    assert away["d01"].until_s == pytest.approx(20.0, abs=0.5)
+    assert (away["d00"].from_s, away["d00"].until_s) == pytest.approx((8.0, 16.0), abs=1.0)
+    assert away["d01"].until_s == pytest.approx(18.0, abs=0.5)
     assert away["d00"].is_restart is not False
     assert away["d01"].is_restart is not True
     assert seen.joined_s["d03"] == pytest.approx(7.5, abs=0.5)
-    assert hub.until_s == pytest.approx(29.5)
-    assert 26.0 < hub.from_s <= 28.0
-    interrupted = {(part.device, part.round) for part in seen.parts if not part.is_whole}
-    assert {device for device, _ in interrupted} == {"d00", "d01", "d02", "d03"}
+    assert hub.until_s == pytest.approx(24.0)
+    assert 20.0 < hub.from_s <= 22.5
     fits = fit_fleet(seen.parts, seen.absences)
-    assert all(near(fit.seconds_per_step, 0.499, 0.501) for fit in fits.values())
-    assert near(fits["d00"].away_s, 8.5, 9.5)
+    for name, step_s in PACES_S.items():
+        assert near(fits[name].seconds_per_step, 0.999 * step_s, 1.001 * step_s)
+    assert near(fits["d00"].away_s, 7.5, 8.5)
 
 
-def test_a_run_is_predicted_from_its_own_log(
-    faulty: tuple[Path, Scenario, Observed], tmp_path: Path
+def test_a_run_is_predicted_from_its_own_record(
+    faulty: tuple[Path, Observed], tmp_path: Path
 ) -> None:
     """A fleet of fitted devices, which the same befalls, takes as long for each round."""
-    _, scenario, seen = faulty
-    data = dict(fleet_data(scenario, cache=tmp_path).devices)
+    _, seen = faulty
 
-    again = predict(Recorded(scenario.run, seen, data), tmp_path / "again", lambda _: True)
+    again = predict(Recorded(PLAN, seen, shards(4)), tmp_path / "again", lambda _: True)
 
     errors = {each.name: each.value for each in compare(seen.rounds, again, again)}
-    assert len(again.rounds) == len(seen.rounds) == 8
+    assert len(again.rounds) == len(seen.rounds) == PLAN.rounds
     assert errors["median error of a round's time"] < 0.05
 
 
@@ -447,8 +451,6 @@ def test_what_is_no_record_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Types `headwater-sim fit`: what it prints."""
-    import typer
-
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(fit_command)
 
@@ -461,17 +463,18 @@ def fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_command_writes_a_scenario_of_devices_like_these(
-    faulty: tuple[Path, Scenario, Observed], fit: Callable[..., str], tmp_path: Path
+    faulty: tuple[Path, Observed], fit: Callable[..., str], tmp_path: Path
 ) -> None:
     """It prints what it found and how sure it is, and the scenario it writes can be read."""
-    hub, file = faulty[0] / "out" / "hub", tmp_path / "fitted.toml"
+    hub, file = faulty[0], tmp_path / "fitted.toml"
 
     told = json.loads(fit(hub, "--out", file, "--data", "digits", "--json"))
     shown = fit(hub, "--out", file, "--data", "digits", "--devices", "8")
 
-    assert told["fleet"]["seconds_per_step"]["value"] == pytest.approx(0.5)
-    assert told["fleet"]["seconds_per_step"]["error"] == 0.0
-    assert [each["device"] for each in told["devices"]] == ["d00", "d01", "d02", "d03"]
+    assert {each["device"]: each["seconds_per_step"] for each in told["devices"]} == {
+        name: {"value": pytest.approx(step_s), "spread": 0.0, "count": ANY, "error": 0.0}
+        for name, step_s in PACES_S.items()
+    }
     assert "scenario of 8 devices" in shown
     assert "up_bps is not told" in shown
     fitted = read_scenario(file)
@@ -479,16 +482,16 @@ def test_the_command_writes_a_scenario_of_devices_like_these(
     assert len(fitted.device.classes) == 4
     overhead_s = told["fleet"]["overhead_s"]["value"]  # In this plan, over two steps.
     steps_s = [kind.step_s for kind in fitted.device.classes]
-    assert steps_s == pytest.approx([0.5 + overhead_s / 2] * 4, rel=0.1)
+    assert steps_s == pytest.approx([s + overhead_s / 2 for s in sorted(PACES_S.values())], rel=0.1)
     assert fitted.run.rounds == 8
     assert "Devices as the hub of" in file.read_text(encoding="utf-8")
 
 
 def test_the_command_says_what_it_lacks(
-    faulty: tuple[Path, Scenario, Observed], fit: Callable[..., str], tmp_path: Path
+    faulty: tuple[Path, Observed], fit: Callable[..., str], tmp_path: Path
 ) -> None:
     """No record, no run of the name, no data to hold: each is one error with its remedy."""
-    hub, file = faulty[0] / "out" / "hub", tmp_path / "fitted.toml"
+    hub, file = faulty[0], tmp_path / "fitted.toml"
 
     with pytest.raises(ConfigError, match=r"no hub\.db"):
         fit(tmp_path, "--out", file)
