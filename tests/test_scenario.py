@@ -10,7 +10,7 @@ import pytest
 from cloud.initial import initial_model
 from federation.errors import ConfigError
 from federation.protocol import codec
-from simulations.fleet import device_names, fleet_data, fleet_members
+from simulations.fleet import device_names, fleet_data
 from simulations.report import drop_reasons
 from simulations.scenario import (
     BrokerRestart,
@@ -22,7 +22,7 @@ from simulations.scenario import (
     read_scenario,
     shipped_scenarios,
 )
-from simulations.simulation import build_world, simulate
+from simulations.simulation import simulate
 from simulations.tables import FailurePlan
 
 SMALL = """
@@ -85,7 +85,7 @@ def test_a_fault_for_a_device_that_is_not_there_is_refused(tmp_path):
     scenario = small(tmp_path, faults=(Kill(device="d77", at_s=1.0),))
 
     with pytest.raises(ConfigError, match="'d77'; the fleet has d00 to d03"):
-        build_world(scenario, fleet_data(scenario, cache=tmp_path), seed=0)
+        simulate(scenario, tmp_path / "out", cache=tmp_path)
 
 
 def test_shipped_scenarios_can_be_read_and_found_by_name():
@@ -154,20 +154,6 @@ def test_natural_clients_are_asked_of_a_set_that_has_some(tmp_path):
     """Digits do not say whose they are: partition `natural` is refused with a remedy."""
     with pytest.raises(ConfigError, match="use iid, shards or dirichlet"):
         fleet_data(small(tmp_path, partition="natural"), cache=tmp_path)
-
-
-def test_devices_differ_in_pace_within_the_spread(tmp_path):
-    """Each pace is drawn once from the seed, within a factor of 1 + spread."""
-    scenario = small(tmp_path, devices=30)
-    device = msgspec.structs.replace(scenario.device, seconds_per_step=1.0, spread=1.0)
-    scenario = msgspec.structs.replace(scenario, device=device)
-    data = fleet_data(scenario, cache=tmp_path)
-
-    paces = [member.model.seconds_per_step for member in fleet_members(scenario, data)]
-
-    assert paces == [m.model.seconds_per_step for m in fleet_members(scenario, data)]
-    assert 0.5 <= min(paces) < 0.7
-    assert 1.5 < max(paces) <= 2.0
 
 
 def test_a_late_joiner_is_asked_only_after_it_came(tmp_path):
