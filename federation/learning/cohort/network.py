@@ -148,7 +148,7 @@ class _PatchConvolution(torch.autograd.Function):
         pixels = gradient.permute(0, 2, 3, 1).flatten(1, 2)
         kernels = [
             torch.bmm(patches[:, model], piece).sum(0).t()
-            for model, piece in enumerate(pixels.split(filters, 2))
+            for model, piece in enumerate(torch.split(pixels, filters, 2))
         ]
         bias = pixels.sum((0, 1)) if ctx.needs_input_grad[2] else None
         return None, torch.cat(kernels).reshape(shape), bias, None, None, None

@@ -19,8 +19,8 @@ stack with one row, that is one model whose weights are swapped:
     10 x 784-1000-10 (795k), 2 of 32       bare  92   x1 100   side by side    93
 
 So more rows are never worse, and one row alone is only worth it for large images.
-`torch.func.vmap` was left alone: it takes a convolution through layouts that cost more than it
-gains, and objectives would have had to do without in-place terms and without looking at data.
+Objectives are written for K devices by hand and not through `torch.func`: they add to gradients
+in place, and some look at data before they decide what they are.
 """
 
 import time
