@@ -15,9 +15,10 @@ from simulations.comparison.figures import MARGIN
 from simulations.comparison.trial import plan_trials
 from simulations.data.datasets import cache_folder
 from simulations.fleet import FleetData, fleet_data
+from simulations.presence.kinds import presence_of
 from simulations.report import LAST_ROUNDS, Ledger
 from simulations.scenario import Scenario, find_scenario, read_scenario
-from simulations.simulation import build_world
+from simulations.simulation import build_world, workshop_for
 
 STUDIES = {"watch": "uplink_watch", "Fashion-MNIST": "uplink_fashion"}
 """The shipped scenarios; the first variant of each is plain FedAvg, of weights in float32."""
@@ -138,7 +139,9 @@ def _data(scenario: Scenario, options: Options) -> FleetData:
 
 def _steps(scenario: Scenario, data: FleetData) -> Iterator[Step]:
     """Simulates a scenario: each new model as its round closes."""
-    world = build_world(scenario, data, seed=scenario.seed)
+    presence = presence_of(scenario.availability, len(data.devices), scenario.seed)
+    workshop = workshop_for(scenario, data)
+    world = build_world(scenario, data, presence, workshop=workshop)
     ledger = Ledger(scenario.run, data.held_out)
     world.watch(ledger.observe)
     seen = 0
@@ -147,7 +150,7 @@ def _steps(scenario: Scenario, data: FleetData) -> Iterator[Step]:
         for row in ledger.rounds[seen:]:
             seen += 1
             if row.accuracy is not None:
-                up_bytes = sum(world.bus.traffic(name)[0] for name in world.devices)
+                up_bytes, _ = world.devices.traffic()
                 yield Step(row.round, row.accuracy, up_bytes)
 
 

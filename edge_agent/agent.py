@@ -111,6 +111,14 @@ class Agent:
             self._fetch(self.assignment)
         return self._finish(now)
 
+    def stand_by(self, epoch: int, hub_epoch: int, now: float) -> Effects:
+        """In place of `start`: as if it had begun, and been linked and welcomed, long ago."""
+        self._started_at = now
+        self._heartbeat_at = now + self._settings.heartbeat_s
+        self._link = Link(is_up=True, epoch=epoch)
+        self._hub_epoch, self._hub_is_online, self._is_introduced = hub_epoch, True, True
+        return self._finish(now)
+
     def on_link(self, link: Link, now: float) -> Effects:
         """The link came up: say that this device is here. The hub's state will come next."""
         self._link = link
@@ -180,6 +188,20 @@ class Agent:
         if self._can_talk:
             self._out.extend(self._outgoing.on_wake(self.device, now))
         return self._finish(now)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has nothing to do, send or fetch, and the hub knows that it is there."""
+        return (
+            self.assignment is None
+            and self._wanted is None
+            and self._can_talk
+            and self._is_introduced
+            and not self._awaits_welcome
+            and self._birth_at == float("inf")
+            and not self._outgoing.attempts
+            and not self._fetching.wakes
+        )
 
     # What the hub says --------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from federation.learning.uplink import absolute, pack_update, unpack_update
 from federation.protocol.codec import Weights, decode, encode
 from federation.protocol.effects import Trained
 from federation.protocol.messages import Assignment
-from simulations.device import Trainer
 from simulations.tables import AttackPlan, require
+from simulations.workshop.job import Trainer
 from simulations.world import draws_of
 
 

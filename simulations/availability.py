@@ -1,52 +1,90 @@
-"""Who is there in which round: devices that come and go by themselves, not by a failing link."""
+"""The hub asks who is there; and who leaves in the middle of a round is gone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
+from cloud.coordination.facts import HubFact, RoundOpened
 from optimizer.problem import Candidates, Selection, Selector
-from simulations.tables import AvailabilityPlan
-from simulations.world import draws_of
+from simulations.presence.model import Always, Presence
+from simulations.world import World
 
-
-def available(
-    plan: AvailabilityPlan, devices: Sequence[str], seed: int, number: int
-) -> frozenset[str]:
-    """The devices that are on in round `number`, counted from 1; one at least.
-
-    Each is on with its own probability, whatever the others are. All are drawn anew every
-    `every_rounds`, and again where nobody would be on (ReBaFL, arXiv:2303.06314).
-    """
-    if plan.kind == "always":
-        return frozenset(devices)
-    block = (number - 1) // plan.every_rounds
-    chances = plan.chances(len(devices))
-    rng = draws_of(seed, f"availability/{block}")
-    while True:
-        on = [name for name, q in zip(devices, chances, strict=True) if rng.random() < q]
-        if on:
-            return frozenset(on)
+AWAY = "not available in this round"
+MAX_NAMED = 1000
+"""In a larger fleet those who are away are not named one by one."""
 
 
 def select_available(
-    select: Selector, plan: AvailabilityPlan, devices: Sequence[str], seed: int
+    select: Selector,
+    presence: Presence,
+    devices: Sequence[str],
+    now: Callable[[], float] = lambda: 0.0,
 ) -> Selector:
     """Chooses as `select` does, among the devices that are on.
 
-    `devices` is the whole fleet: who is on depends on it, the seed and the round alone, so two
-    methods that are compared see the same devices.
+    `devices` is the whole fleet, in the order of places. Costs some ms for a million devices,
+    and else what it costs to choose: who is on is an array, and is never made a list.
     """
-    if plan.kind == "always":
+    if isinstance(presence, Always):
         return select
 
     def choose(
         candidates: Candidates, count: int, number: int, rng: np.random.Generator
     ) -> Selection:
-        on = available(plan, devices, seed, number)
-        there = [name for name in candidates.names if name in on]
-        away = [name for name in candidates.names if name not in on]
-        selection = select(Candidates(there, candidates.capability), count, number, rng)
-        excluded = dict.fromkeys(away, "not available in this round")
+        on = presence.on(number, now())
+        places = np.flatnonzero(on)
+        while True:
+            there = Candidates(_Chosen(devices, places), candidates.capability)
+            selection = select(there, count, number, rng)
+            # Few devices that are on cannot be asked: it is cheaper to see who that is of those
+            # that were drawn, and to draw again without them.
+            gone = [name for name in selection.chosen if name not in candidates.names]
+            if not gone:
+                break
+            places = np.setdiff1d(places, [devices.index(name) for name in gone])
+        if len(devices) > MAX_NAMED:
+            return selection
+        away = (name for name, is_on in zip(devices, on, strict=True) if not is_on)
+        excluded = dict.fromkeys((n for n in away if n in candidates.names), AWAY)
         return Selection(selection.chosen, selection.excluded | excluded, selection.otherwise)
 
     return choose
+
+
+def let_leave(world: World, presence: Presence) -> None:
+    """Switch devices off that are asked in a round and leave before its end, till they return."""
+    devices, clock = world.devices, world.clock
+
+    def leave(name: str, number: int) -> None:
+        place = devices.place_of(name)
+        if presence.is_on(place, number, clock.now):
+            return
+        away_s = presence.returns_at(place, number, clock.now) - clock.now
+        devices[name].kill(away_s if away_s < float("inf") else None)
+
+    def on_fact(fact: HubFact) -> None:
+        if not isinstance(fact, RoundOpened):
+            return
+        for entry in fact.attempts:
+            at = presence.leaves_at(devices.place_of(entry.device), fact.round, clock.now)
+            if at <= fact.deadline:
+                clock.call_at(at, leave, entry.device, fact.round)
+
+    world.watch(on_fact)
+
+
+class _Chosen(Sequence[str]):
+    """The names at some places, in order, as a view."""
+
+    def __init__(self, names: Sequence[str], places: npt.NDArray[np.int64]) -> None:
+        self._names, self._places = names, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        chosen = self._places[index]
+        if isinstance(index, slice):
+            return [self._names[int(place)] for place in chosen]
+        return self._names[int(chosen)]

@@ -13,12 +13,13 @@ from typing import TypeAlias
 
 from federation.protocol.topics import Route
 from simulations.clock import Clock
-from simulations.topic_tree import Filters, Retained
+from simulations.sealed import Sealed
+from simulations.topic_tree import Filters, Payload, Retained
 
-Deliver: TypeAlias = Callable[[str, bytes], bool]
+Deliver: TypeAlias = Callable[[str, Payload], bool]
 """Takes a letter (topic, payload); False where the receiver died over it."""
 
-Will: TypeAlias = tuple[Route, bytes]
+Will: TypeAlias = tuple[Route, Payload]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +28,15 @@ class LinkQuality:
 
     A letter is on its way for a time drawn between the two of `delay_s`, and never overtakes
     another one. `loss` is the chance of a QoS 0 letter to be lost, `duplicates` that of a QoS 1
-    letter to come twice, as after an acknowledgement that was lost. `rate_bps` is in bits a
-    second, 0 for a link that is never busy.
+    letter to come twice, as after an acknowledgement that was lost. `up_bps` and `down_bps` are
+    in bits a second, seen from the client; 0 for a link that is never busy.
     """
 
     delay_s: tuple[float, float] = (0.0, 0.0)
     loss: float = 0.0
     duplicates: float = 0.0
-    rate_bps: float = 0.0
+    up_bps: float = 0.0
+    down_bps: float = 0.0
 
 
 PERFECT = LinkQuality()
@@ -44,7 +46,7 @@ PERFECT = LinkQuality()
 @dataclass(slots=True)
 class _Letter:
     topic: str
-    payload: bytes
+    payload: Payload
     qos: int
     expires_at: float
     acknowledged_at: float = float("inf")
@@ -53,10 +55,10 @@ class _Letter:
 class _Lane:
     """One direction of a link: letters leave one after the other and arrive in order."""
 
-    __slots__ = ("_free_at", "_last_at", "_quality", "_rng")
+    __slots__ = ("_free_at", "_last_at", "_quality", "_rate_bps", "_rng")
 
-    def __init__(self, quality: LinkQuality, rng: random.Random) -> None:
-        self._quality = quality
+    def __init__(self, quality: LinkQuality, rate_bps: float, rng: random.Random) -> None:
+        self._quality, self._rate_bps = quality, rate_bps
         self._rng = rng
         self._free_at = self._last_at = 0.0
 
@@ -65,8 +67,8 @@ class _Lane:
         quality = self._quality
         low, high = quality.delay_s
         delay_s = low if low == high else self._rng.uniform(low, high)
-        if quality.rate_bps > 0:
-            self._free_at = max(self._free_at, now) + 8 * size_bytes / quality.rate_bps
+        if self._rate_bps > 0:
+            self._free_at = max(self._free_at, now) + 8 * size_bytes / self._rate_bps
             now = self._free_at
         self._last_at = max(self._last_at, now + delay_s)
         return self._last_at
@@ -86,7 +88,9 @@ class Connection:
         "_deliver",
         "_down",
         "_is_cut",
+        "_is_perfect",
         "_on_lost",
+        "_under_way",
         "_up",
         "is_open",
         "session",
@@ -94,16 +98,24 @@ class Connection:
     )
 
     def __init__(
-        self, bus: "Bus", session: "_Session", will: Will | None, quality: LinkQuality,
-        deliver: Deliver, on_lost: Callable[[str], None],
+        self, bus: "Bus", session: "_Session", will: Callable[[], Will] | None,
+        quality: LinkQuality, deliver: Deliver, on_lost: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._bus, self.session, self.will = bus, session, will
-        self._up, self._down = _Lane(quality, bus.rng), _Lane(quality, bus.rng)
+        self._up = _Lane(quality, quality.up_bps, bus.rng)
+        self._down = _Lane(quality, quality.down_bps, bus.rng)
         self._deliver, self._on_lost = deliver, on_lost
         self.is_open = True
         self._is_cut = False
+        self._is_perfect = quality == PERFECT
+        self._under_way = 0
 
-    def publish(self, route: Route, payload: bytes) -> bool:
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it is open, and nothing is on its way down to the client."""
+        return self.is_open and not self._is_cut and not self._under_way
+
+    def publish(self, route: Route, payload: Payload) -> bool:
         """Send a letter; False where the connection is known to be gone. True promises nothing."""
         if not self.is_open:
             return False
@@ -146,18 +158,26 @@ class Connection:
         self.will = None
         self.die()
 
-    def transmit(self, letter: _Letter) -> None:
-        """Send a letter down to the client."""
-        size = len(letter.payload) + len(letter.topic)
+    def transmit(self, letter: _Letter, *, at_once: bool = False) -> None:
+        """Send a letter down to the client; a perfect link may deliver it at once."""
         clock = self._bus.clock
+        if at_once and self._is_perfect and not self._under_way:
+            self._reach_client(letter, 0.0)
+            return
+        size = len(letter.payload) + len(letter.topic)
         for _ in range(2 if letter.qos and self._down.is_doubled() else 1):
             at = self._down.arrival(size, clock.now)
             if letter.qos or not self._down.is_lost():
-                clock.call_at(at, self._reach_client, letter, at - clock.now)
+                self._under_way += 1
+                clock.call_at(at, self._arrive, letter, at - clock.now)
 
-    def _reach_broker(self, route: Route, payload: bytes) -> None:
+    def _reach_broker(self, route: Route, payload: Payload) -> None:
         if not self._is_cut:
             self._bus.route(route, payload)
+
+    def _arrive(self, letter: _Letter, delay_s: float) -> None:
+        self._under_way -= 1
+        self._reach_client(letter, delay_s)
 
     def _reach_client(self, letter: _Letter, delay_s: float) -> None:
         if not self.is_open or self._is_cut:
@@ -173,20 +193,23 @@ class Connection:
 class _Session:
     """What the broker keeps of a client while its link is away."""
 
-    __slots__ = ("connection", "doomed", "received_bytes", "sent_bytes", "under_way", "waiting")
+    __slots__ = (
+        "connection", "doomed", "reads", "received_bytes", "sent_bytes", "under_way", "waiting",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.connection: Connection | None = None
         self.doomed: Connection | None = None
+        self.reads = True
         self.waiting: deque[_Letter] = deque()
         self.under_way: deque[_Letter] = deque()
         self.sent_bytes = self.received_bytes = 0
 
-    def offer(self, letter: _Letter) -> None:
+    def offer(self, letter: _Letter, *, at_once: bool = False) -> None:
         if self.connection is not None:
             if letter.qos:
                 self.under_way.append(letter)
-            self.connection.transmit(letter)
+            self.connection.transmit(letter, at_once=at_once)
         elif letter.qos:
             self.waiting.append(letter)
 
@@ -210,12 +233,16 @@ def _was_acknowledged(letter: _Letter, now: float, rng: random.Random) -> bool:
 
 
 class Bus:
-    """The broker. `rng` decides delays, losses and duplicates, and nothing else."""
+    """The broker. `rng` decides delays, losses and duplicates, and nothing else.
+
+    `awaken` connects a client that has no session, when a letter comes for it alone.
+    """
 
     def __init__(self, clock: Clock, rng: random.Random) -> None:
         self.clock = clock
         self.rng = rng
         self.is_up = True
+        self.awaken: Callable[[str], None] | None = None
         self._sessions: dict[str, _Session] = {}
         self._retained = Retained()
         self._filters = Filters[_Session]()
@@ -227,7 +254,7 @@ class Bus:
         *,
         deliver: Deliver,
         on_lost: Callable[[str], None],
-        will: Will | None = None,
+        will: Callable[[], Will] | None = None,
         quality: LinkQuality = PERFECT,
     ) -> Connection | None:
         """Take over or begin the session of this client; None while the broker is down.
@@ -243,7 +270,7 @@ class Bus:
             session.doomed.abort()
             self._say_will(session, session.doomed)
         connection = Connection(self, session, will, quality, deliver, on_lost)
-        session.connection = connection
+        session.connection, session.reads = connection, True
         waiting, session.waiting = session.waiting, deque()
         for letter in waiting:
             if self.clock.now < letter.expires_at:
@@ -254,13 +281,36 @@ class Bus:
                 session.offer(_Letter(route.topic, payload, route.qos, float("inf")))
         return connection
 
-    def route(self, route: Route, payload: bytes) -> None:
+    def route(self, route: Route, payload: Payload) -> None:
         """A letter has reached the broker: keep it if it is retained, and pass it on."""
         if route.retain:
             self._retained.put(route, payload)
         expires_at = self.clock.now + route.expiry_s if route.expiry_s else float("inf")
+        letter = _Letter(route.topic, payload, route.qos, expires_at)
+        if isinstance(payload, Sealed) and payload.to:
+            self._hand_over(payload.to, letter)
+            return
         for session in self._filters.matching(route.topic):
-            session.offer(_Letter(route.topic, payload, route.qos, expires_at))
+            session.offer(_Letter(route.topic, payload, route.qos, expires_at), at_once=True)
+
+    def _hand_over(self, client: str, letter: _Letter) -> None:
+        """What names its reader needs no look at the filters."""
+        session = self._sessions.get(client)
+        if session is None and self.awaken is not None:
+            self.awaken(client)
+            session = self._sessions.get(client)
+        if session is not None and session.reads:
+            session.offer(letter, at_once=True)
+
+    def leave_quietly(self, client: str) -> tuple[int, int]:
+        """A client that is idle needs no session until it is spoken to; its traffic so far.
+
+        For the hub it is still there: no will is said, and nothing waits for it.
+        """
+        session = self._sessions.pop(client)
+        if session.connection is not None:
+            session.connection.is_open = False
+        return session.sent_bytes, session.received_bytes
 
     def detach(self, connection: Connection, detected_after_s: float) -> None:
         """A connection is gone; its will is said once the broker notices."""
@@ -283,6 +333,7 @@ class Bus:
             session.doomed = None
             if forgets:
                 session.waiting.clear()
+                session.reads = False
         if forgets:
             self._retained = Retained()
             self._filters = Filters[_Session]()
@@ -301,4 +352,4 @@ class Bus:
             return
         session.doomed = None
         if connection.will is not None:
-            self.route(*connection.will)
+            self.route(*connection.will())

@@ -6,19 +6,18 @@ and the checkpoint survive a kill; everything else is gone with the process.
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from cloud.coordination.run import parse_attempt
-from edge_agent.agent import Agent, AgentSettings
-from edge_agent.facts import AgentFact, AssignmentKept, ChunkKept, Held, UpdateForgotten, UpdateKept
-from edge_agent.peering import Machine, Peering, device_machine, neighbours_of
-from edge_agent.peering_trainer import carry_out, training_part
-from federation.errors import ProtocolError, TrainingError
+from edge_agent.agent import Agent
+from edge_agent.facts import AgentFact, Held
+from edge_agent.peering import Machine, device_machine, neighbours_of
+from edge_agent.peering_trainer import carry_out
+from federation.errors import ProtocolError
 from federation.learning.data import LocalData
-from federation.learning.training import total_steps
 from federation.protocol import messages as m
 from federation.protocol.effects import (
     Effect,
@@ -33,62 +32,21 @@ from federation.protocol.effects import (
     WakeAt,
 )
 from federation.protocol.link import draw_backoff
-from federation.protocol.topics import (
-    Route,
-    device_filters,
-    open_letter,
-    peer_filters,
-    route,
-)
-from simulations.bus import PERFECT, Bus, Connection, LinkQuality
+from federation.protocol.topics import device_filters, peer_filters
+from simulations.bus import Bus, Connection, Will
 from simulations.clock import Alarm, Clock
-
-Trainer = Callable[[m.Assignment, bytes, LocalData, bytes], Trained]
-"""Does what an assignment asks for: `edge_agent.trainer.fulfil`."""
-
-PHASES = (
-    "before-download",
-    "mid-download",
-    "mid-training",
-    "before-upload",
-    "mid-upload",
-    "before-ack",
-)
-"""Moments in the life of an attempt at which a device can be made to fail."""
+from simulations.device_model import Member, capability
+from simulations.meter import Meter
+from simulations.sealed import seal, unseal
+from simulations.topic_tree import Payload
+from simulations.traps import Trap, phase_at
+from simulations.workshop.job import Job, Workshop
 
 _BACKOFF_S = (0.5, 60.0)
-_USUAL = AgentSettings()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceModel:
-    """What a device is like: how fast it trains, how it is linked, when it is first there.
-
-    A training that was cut short goes on from a checkpoint taken every `checkpoint_s`. `level`
-    is how much of a model with levels it can train (0: all of it). With `peering` it is a peer,
-    always or while the hub is away; each model that it mixes takes it as long as a step.
-    """
-
-    seconds_per_step: float = 0.0
-    checkpoint_s: float = 10.0
-    joins_at_s: float = 0.0
-    level: int = 0
-    quality: LinkQuality = PERFECT
-    settings: AgentSettings = _USUAL
-    peering: Peering | None = None
 
 
 Mixer = Callable[[Mix, LocalData], Mixed]
 """Does what a `Mix` asks for: `edge_agent.peering_trainer.carry_out`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trap:
-    """Kills a process at a phase of the first attempt in this round (0: in any round)."""
-
-    phase: str
-    round: int
-    away_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +56,9 @@ class Surroundings:
     clock: Clock
     bus: Bus
     namespace: str
-    train: Trainer
+    workshop: Workshop
     mix: Mixer = carry_out
+    hub_epoch: Callable[[], int] = lambda: 0
 
 
 @dataclass(slots=True)
@@ -113,29 +72,37 @@ class _Training:
 
 
 class Device:
-    """One device of a fleet. Its process dies in each of its `traps`, once."""
+    """One device of a fleet. Its process dies in each of its `traps`, once.
+
+    `place` is its index in the fleet's order. Where it may sleep, `on_idle` is told whenever
+    it has nothing to do; `held` and `epoch` are what it kept when it last slept.
+    """
 
     __slots__ = (
-        "_alarm", "_boot", "_checkpoint", "_connection", "_cut_until", "_epoch", "_failures",
-        "_has_left",
-        "_model", "_rng", "_training", "_world", "agent", "data", "held", "name", "traps",
+        "_alarm", "_boot", "_checkpoint", "_connection", "_cut_until", "_failures",
+        "_has_left", "_on_idle", "_rng", "_training", "_world",
+        "agent", "data", "epoch", "held", "meter", "model", "name", "place", "traps",
     )  # fmt: skip
 
     def __init__(
         self,
-        name: str,
-        data: LocalData,
-        model: DeviceModel,
+        member: Member,
         world: Surroundings,
         rng: random.Random,
+        *,
+        place: int = 0,
+        held: Held | None = None,
+        epoch: int = 0,
+        on_idle: Callable[["Device"], None] | None = None,
     ) -> None:
-        self.name = name
-        self.data = data
-        self.held = Held()
+        self.name, self.data, self.model = member.name, member.data, member.model
+        self.place = place
+        self.held = held if held is not None else Held()
         self.agent: Machine | None = None
         self.traps: list[Trap] = []
-        self._model, self._world, self._rng = model, world, rng
-        self._boot = self._epoch = self._failures = 0
+        self.epoch, self.meter = epoch, Meter(member.model, member.data)
+        self._world, self._rng, self._on_idle = world, rng, on_idle
+        self._boot = self._failures = 0
         self._checkpoint: tuple[str, float] = ("", 0.0)
         self._cut_until = 0.0
         self._has_left = False
@@ -150,17 +117,21 @@ class Device:
         if self.agent is not None or self._has_left:
             return
         self._boot += 1
-        capability = m.Capability(agent="simulated", level=self._model.level)
-        self.agent = device_machine(
-            self.name,
-            capability,
-            self.held,
-            self._model.peering,
-            settings=self._model.settings,
-            rng=self._rng,
-        )
-        self._perform(self.agent.start(self._now))
+        self.agent = self._machine()
+        self._perform(self.agent.start(self._shown))
         self._connect(self._boot)
+
+    def rouse(self, hub_epoch: int) -> None:
+        """Awake as the agent that it would be by now: linked, and known to this hub.
+
+        What it says in getting there was said before it slept, so nobody hears it now.
+        """
+        self._boot += 1
+        self._open_link(())
+        agent = Agent(self.name, self._able, self.held, settings=self.model.settings, rng=self._rng)
+        self.agent = agent
+        for effect in agent.stand_by(self.epoch, hub_epoch, self._shown):
+            self._carry_out(effect)
 
     def kill(self, away_s: float | None) -> None:
         """End the process at once; it is started again after `away_s`, or never."""
@@ -174,7 +145,7 @@ class Device:
             self._connection = None
         if (training := self._training) is not None:
             self._checkpoint = (training.assignment.attempt, self._saved_s(training))
-            self._training = None
+            self._break_off(training)
         if away_s is not None:
             self._world.clock.call_at(self._now + away_s, self.power_on)
 
@@ -182,7 +153,7 @@ class Device:
         """The link dies for a while; where it dies silently, the device notices at the end."""
         self._cut_until = max(self._cut_until, self._now + for_s)
         if self._connection is not None:
-            detected_after_s = 1.5 * self._model.settings.keepalive_s
+            detected_after_s = 1.5 * self.model.settings.keepalive_s
             reason = "" if is_silent else "link is down"
             self._connection.lose(detected_after_s=detected_after_s, reason=reason)
         self._world.clock.call_at(self._cut_until, self._notice, self._connection)
@@ -190,10 +161,24 @@ class Device:
     def leave(self) -> None:
         """Say goodbye and end, as on an orderly shutdown."""
         if self._connection is not None:
-            self._connection.close(self._sealed(m.Presence(state="disconnected"), self._epoch))
+            self._connection.close(self._sealed(m.Presence(state="disconnected"), self.epoch))
             self._connection = None
         self._has_left = True
         self.kill(None)
+
+    def _machine(self) -> Machine:
+        model = self.model
+        return device_machine(
+            self.name, self._able, self.held, model.peering, settings=model.settings, rng=self._rng
+        )
+
+    @property
+    def _able(self) -> m.Capability:
+        return capability(self.model.level)
+
+    @property
+    def _is_on(self) -> bool:
+        return self.agent is not None
 
     @property
     def is_training(self) -> bool:
@@ -209,24 +194,26 @@ class Device:
         if clock.now < self._cut_until:
             clock.call_at(self._cut_until, self._connect, boot)
             return
-        self._epoch += 1
-        namespace, neighbours = self._world.namespace, neighbours_of(self._model.peering)
-        connection = self._world.bus.connect(
-            self.name,
-            [
-                *device_filters(namespace, self.name),
-                *peer_filters(namespace, self.name, neighbours),
-            ],
-            deliver=self._on_letter,
-            on_lost=self._on_lost,
-            will=self._sealed(m.Presence(state="lost"), self._epoch),
-            quality=self._model.quality,
-        )
-        if connection is None:
+        self.epoch += 1
+        namespace, neighbours = self._world.namespace, neighbours_of(self.model.peering)
+        own = device_filters(namespace, self.name)
+        if not self._open_link([*own, *peer_filters(namespace, self.name, neighbours)]):
             self._retry()
             return
-        self._connection, self._failures = connection, 0
-        self._perform(self.agent.on_link(Link(is_up=True, epoch=self._epoch), clock.now))
+        self._failures = 0
+        self._perform(self.agent.on_link(Link(is_up=True, epoch=self.epoch), self._shown))
+
+    def _open_link(self, filters: Sequence[str]) -> bool:
+        epoch = self.epoch
+        self._connection = self._world.bus.connect(
+            self.name,
+            filters,
+            deliver=self._on_letter,
+            on_lost=self._on_lost,
+            will=lambda: self._sealed(m.Presence(state="lost"), epoch),
+            quality=self.model.quality,
+        )
+        return self._connection is not None
 
     def _retry(self) -> None:
         pause_s = draw_backoff(self._failures, _BACKOFF_S, self._rng)
@@ -242,22 +229,22 @@ class Device:
         if self.agent is None:
             return
         self._connection = None
-        link = Link(is_up=False, epoch=self._epoch, reason=reason)
-        self._perform(self.agent.on_link(link, self._now))
+        link = Link(is_up=False, epoch=self.epoch, reason=reason)
+        self._perform(self.agent.on_link(link, self._shown))
         self._retry()
 
-    def _on_letter(self, topic: str, payload: bytes) -> bool:
+    def _on_letter(self, topic: str, payload: Payload) -> bool:
         if self.agent is None:
             return False
         try:
-            _, envelope = open_letter(self._world.namespace, topic, payload)
+            envelope = unseal(self._world.namespace, topic, payload)
         except ProtocolError:
             return True  # As on a real device: refused, and the next one is read.
-        self._perform(self.agent.on_message(envelope, self._now))
+        self._perform(self.agent.on_message(envelope, self._shown))
         return self.agent is not None
 
-    def _sealed(self, letter: m.AnyLetter, epoch: int) -> tuple[Route, bytes]:
-        return route(self._world.namespace, self.name, letter), m.seal(self.name, epoch, letter)
+    def _sealed(self, letter: m.AnyLetter, epoch: int) -> Will:
+        return seal(self._world.namespace, self.name, letter, sender=self.name, epoch=epoch)
 
     # The agent's effects ------------------------------------------------------------------
 
@@ -268,6 +255,22 @@ class Device:
             self._carry_out(effect)
             if self.traps and self._springs(effect, is_done=True):
                 return
+        if self._on_idle is not None and self._is_idle:
+            self._charge(self.meter.read(self._world.bus.traffic(self.name)))
+            if self._is_on:  # Paying for its letters may have emptied the battery.
+                self._alarm.cancel()
+                self._on_idle(self)
+
+    @property
+    def _is_idle(self) -> bool:
+        agent, connection = self.agent, self._connection
+        return (
+            isinstance(agent, Agent)
+            and agent.is_idle
+            and not self.traps
+            and connection is not None
+            and connection.is_quiet
+        )
 
     def _carry_out(self, effect: Effect[AgentFact]) -> None:
         match effect:
@@ -275,7 +278,7 @@ class Device:
                 self.held.record(fact)
             case Send(letter):
                 if self._connection is not None:
-                    self._connection.publish(*self._sealed(letter, self._epoch))
+                    self._connection.publish(*self._sealed(letter, self.epoch))
             case Train(assignment, base, memory):
                 self._begin_training(assignment, base, memory)
             case Mix():
@@ -283,7 +286,7 @@ class Device:
             case StopTraining(attempt):
                 self._stop_training(attempt)
             case WakeAt(at):
-                self._alarm.set(at)
+                self._alarm.set(self._due(at))
 
     def _wake(self) -> None:
         if self.agent is None:
@@ -291,19 +294,19 @@ class Device:
         if (training := self._training) is not None and training.lasts_s > 0:
             done_s = training.done_s + self._now - training.began_at
             self.agent.progress = min(done_s / training.lasts_s, 1.0)
-        self._perform(self.agent.on_wake(self._now))
+        self._perform(self.agent.on_wake(self._shown))
 
     # Training -----------------------------------------------------------------------------
 
     def _begin_training(self, assignment: m.Assignment, base: bytes, memory: bytes) -> None:
-        try:
-            samples = training_part(self.data, assignment.plan).samples
-            steps = total_steps(assignment.plan, samples)
-        except TrainingError:
-            steps = 0  # The trainer will say what is wrong with the plan.
+        if not self.meter.fits(assignment.plan):
+            full = Trained(assignment.attempt, failure="its memory is too small for this model")
+            self._hand_in(full)
+            return
+        lasts_s = self.meter.training_s(assignment.plan)
         saved_for, saved_s = self._checkpoint
         done_s = saved_s if saved_for == assignment.attempt else 0.0
-        lasts_s = steps * self._model.seconds_per_step
+        self._world.workshop.begin(Job(self.place, self.name, assignment, base, memory))
         training = _Training(assignment, base, memory, self._now, done_s, lasts_s)
         self._training = training
         clock = self._world.clock
@@ -312,38 +315,59 @@ class Device:
         clock.call_at(self._now + lasts_s - done_s, self._end_training, training)
 
     def _end_training(self, training: _Training) -> None:
-        if training is not self._training or self.agent is None:
+        if training is not self._training:
             return
         self._training = None
-        begun = training
-        trained = self._world.train(begun.assignment, begun.base, self.data, begun.memory)
+        self._account(training)
+        if not self._is_on:
+            self._world.workshop.drop(training.assignment.attempt)
+            return  # Its battery was empty at last.
+        trained = self._world.workshop.result(training.assignment.attempt)
         if not trained.failure:
             report = msgspec.structs.replace(trained.report, seconds=training.lasts_s)
             trained = dataclasses.replace(trained, report=report)
-        self._perform(self.agent.on_trained(trained, self._now))
+        self._hand_in(trained)
+
+    def _hand_in(self, trained: Trained) -> None:
+        if self.agent is not None:
+            self._perform(self.agent.on_trained(trained, self._shown))
 
     def _stop_training(self, attempt: str) -> None:
         if self._training is not None and self._training.assignment.attempt == attempt:
-            self._training = None
+            self._break_off(self._training)
         self._checkpoint = ("", 0.0)
+
+    def _break_off(self, training: _Training) -> None:
+        self._training = None
+        self._world.workshop.drop(training.assignment.attempt)
+        self._account(training)
+
+    def _account(self, training: _Training) -> None:
+        took_s = self._now - training.began_at
+        self._charge(self.meter.train(training.assignment.plan, took_s, training.lasts_s))
 
     def _saved_s(self, training: _Training) -> float:
         done_s = training.done_s + self._now - training.began_at
-        each_s = self._model.checkpoint_s
+        each_s = self.model.checkpoint_s
         return done_s // each_s * each_s if each_s > 0 else 0.0
 
     def _begin_mixing(self, mix: Mix) -> None:
-        lasts_s = len(mix.received) * self._model.seconds_per_step
+        lasts_s = len(mix.received) * self.model.seconds_per_step
         self._world.clock.call_at(self._now + lasts_s, self._end_mixing, mix, self._boot)
 
     def _end_mixing(self, mix: Mix, boot: int) -> None:
         if boot == self._boot and self.agent is not None and not isinstance(self.agent, Agent):
-            self._perform(self.agent.on_mixed(self._world.mix(mix, self.data), self._now))
+            self._perform(self.agent.on_mixed(self._world.mix(mix, self.data), self._shown))
+
+    def _charge(self, joules: float) -> None:
+        """Take energy from the battery; when that is empty, the device goes off."""
+        if not self.meter.pay(joules, self._now):
+            self.kill(self.meter.away_s(self._now))
 
     # Failing at a phase -------------------------------------------------------------------
 
     def _springs(self, effect: Effect[AgentFact], *, is_done: bool) -> bool:
-        phase, attempt = _phase_at(effect, self.held, is_done=is_done)
+        phase, attempt = phase_at(effect, self.held, is_done=is_done)
         return bool(phase) and self._spring(phase, attempt)
 
     def _spring(self, phase: str, attempt: str) -> bool:
@@ -363,18 +387,15 @@ class Device:
     def _now(self) -> float:
         return self._world.clock.now
 
+    def _due(self, at: float) -> float:
+        """When the device's clock shows this; rounded, never so that it would come too early."""
+        if self.model.body is None:
+            return at
+        wait_s = at - self._shown
+        return self._now + max(wait_s * (1 + 1e-3), 1e-6) if wait_s > 0 else self._now
 
-def _phase_at(effect: Effect[AgentFact], held: Held, *, is_done: bool) -> tuple[str, str]:
-    """The phase that begins with this effect, and the attempt it is of."""
-    match effect:
-        case Record(AssignmentKept(assignment)) if is_done:
-            return "before-download", assignment.attempt
-        case Record(ChunkKept()) if is_done and held.assignment is not None:
-            return "mid-download", held.assignment.attempt
-        case Record(UpdateKept(attempt=attempt)) if is_done:
-            return "before-upload", attempt
-        case Send(m.UpdateChunk(attempt=attempt)) if is_done:
-            return "mid-upload", attempt
-        case Record(UpdateForgotten(attempt=attempt)) if not is_done:
-            return "before-ack", attempt
-    return "", ""
+    @property
+    def _shown(self) -> float:
+        """What the device's own clock shows: all that its agent knows of time."""
+        body = self.model.body
+        return self._world.clock.now if body is None else body.shows(self._world.clock.now)

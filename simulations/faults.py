@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from cloud.coordination.facts import HubFact, RoundOpened
 from federation.errors import ConfigError
-from simulations.device import Trap
 from simulations.failures import Failures
 from simulations.scenario import (
     BrokerRestart,
@@ -18,6 +17,7 @@ from simulations.scenario import (
     Leave,
     Scenario,
 )
+from simulations.traps import Trap
 from simulations.world import World, draws_of
 
 
@@ -56,7 +56,7 @@ def _arrange(fault: Fault, world: World) -> None:
         case Kill(at_s=None, phase=str() as phase):
             world.devices[fault.device].traps.append(Trap(phase, fault.round, fault.away_s))
         case Kill(at_s=float() as at_s):
-            at(at_s, world.devices[fault.device].kill, fault.away_s)
+            at(at_s, lambda: world.devices[fault.device].kill(fault.away_s))
         case Cut():
             at(fault.at_s, _cut, world, fault)
         case HubKill(at_s=None, phase=str() as phase):
@@ -66,7 +66,7 @@ def _arrange(fault: Fault, world: World) -> None:
         case BrokerRestart():
             at(fault.at_s, lambda: world.restart_broker(fault.away_s, forgets=fault.forgets))
         case Leave():
-            at(fault.at_s, world.devices[fault.device].leave)
+            at(fault.at_s, _leave, world, fault.device)
         case _:
             pass  # A late join is how the device was made.
 
@@ -77,6 +77,10 @@ def _cut(world: World, fault: Cut) -> None:
             world.hub.cut(fault.for_s)
         else:
             world.devices[name].cut(fault.for_s, is_silent=fault.silent)
+
+
+def _leave(world: World, device: str) -> None:
+    world.devices[device].leave()
 
 
 def _check_names(fault: Fault, world: World) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from edge_agent.agent import AgentSettings
 from federation.errors import ConfigError
 from federation.learning.data import LocalData, load_folder
 from federation.learning.partitions import (
@@ -22,14 +21,11 @@ from federation.learning.partitions import (
     shard_partition,
 )
 from simulations.bodies import levels_of
-from simulations.bus import LinkQuality
 from simulations.data.datasets import DataSet, load
 from simulations.demo.wrist import wrist_fleet
-from simulations.device import DeviceModel
 from simulations.holdings import Names, deal, let_draw
-from simulations.scenario import LateJoin, Scenario
+from simulations.scenario import Scenario
 from simulations.tables import FleetPlan
-from simulations.world import Member, draws_of
 
 LISTED = 10_000
 """A manifest lists so many devices."""
@@ -65,32 +61,6 @@ def fleet_data(scenario: Scenario, *, cache: Path) -> FleetData:
     if scenario.run.evaluation is not None:
         return FleetData(data.devices, load_folder(scenario.run.evaluation))
     return data
-
-
-def fleet_members(scenario: Scenario, data: FleetData) -> list[Member]:
-    """The devices of a scenario, each with its data and its pace."""
-    plan, link = scenario.device, scenario.link
-    joins = {f.device: f.at_s for f in scenario.faults if isinstance(f, LateJoin)}
-    quality = LinkQuality(
-        delay_s=link.delay_s, loss=link.loss, duplicates=link.duplicates, rate_bps=link.up_bps
-    )
-    settings = AgentSettings(
-        heartbeat_s=plan.heartbeat_s, keepalive_s=plan.keepalive_s, timeout_s=plan.timeout_s
-    )
-    members = []
-    levels = device_levels(scenario.fleet)
-    for place, (name, held) in enumerate(data.devices.items()):
-        pace = (1.0 + plan.spread) ** draws_of(scenario.seed, f"pace/{name}").uniform(-1.0, 1.0)
-        model = DeviceModel(
-            seconds_per_step=plan.seconds_per_step * pace,
-            checkpoint_s=plan.checkpoint_s,
-            joins_at_s=joins.get(name, 0.0),
-            level=levels[place],
-            quality=quality,
-            settings=settings,
-        )
-        members.append(Member(name, held, model))
-    return members
 
 
 def device_names(count: int) -> Names:

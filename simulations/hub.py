@@ -1,4 +1,7 @@
-"""The simulated hub: a coordinator's process, and the record that outlives it."""
+"""The simulated hub: a coordinator's process, and the record that outlives it.
+
+`introduce` tells a coordinator that has just begun of the devices that sleep.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +19,14 @@ from cloud.coordination.facts import (
 from federation.errors import ProtocolError
 from federation.protocol import messages as m
 from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
-from federation.protocol.topics import Route, hub_filters, open_letter, route
-from optimizer.baselines import select_uniformly
-from optimizer.problem import Selector
-from simulations.bus import PERFECT, Connection, LinkQuality
+from federation.protocol.topics import hub_filters
+from simulations.bus import Connection, Will
 from simulations.clock import Alarm
-from simulations.device import Surroundings, Trap
+from simulations.conditions import Conditions
+from simulations.device import Surroundings
+from simulations.sealed import seal, unseal
+from simulations.topic_tree import Payload
+from simulations.traps import Trap
 
 PHASES = ("round-open", "mid-gathering", "before-ack", "mid-aggregation")
 """Moments of a round at which the hub can be made to fail."""
@@ -70,18 +75,18 @@ class Hub:
         world: Surroundings,
         record: HubRecord,
         observe: Callable[[HubFact], None],
-        select: Selector = select_uniformly,
-        quality: LinkQuality = PERFECT,
+        conditions: Conditions,
     ) -> None:
         self.coordinator: Coordinator | None = None
+        self.introduce: Callable[[Coordinator], None] = lambda _: None
         self.traps: list[Trap] = []
         self._plan, self._model = plan, model
         self._clock, self._bus, self._namespace = world.clock, world.bus, world.namespace
-        self._select, self._quality = select, quality
+        self._conditions = conditions
         self._record, self._observe = record, observe
         self._models = _Models()
         self._is_opened = False
-        self._boot = self._epoch = 0
+        self._boot = self.epoch = 0
         self._cut_until = 0.0
         self._connection: Connection | None = None
         self._alarm = Alarm(world.clock, self._wake)
@@ -93,12 +98,14 @@ class Hub:
         if self.coordinator is not None:
             return
         self._boot += 1
-        self._epoch += 1
+        self.epoch += 1
         self.coordinator = Coordinator(
             self._record.restore(),
-            select=self._select,
+            select=self._conditions.select,
             read_content=self._record.read_content or self._models.kept.get,
+            shares_memory=self._conditions.shares_memory,
         )
+        self.introduce(self.coordinator)
         self._perform(self.coordinator.start(self._clock.now))
         if not self._is_opened and self.coordinator is not None:
             opening = self.coordinator.open_run(self._plan, self._model, self._clock.now)
@@ -131,40 +138,42 @@ class Hub:
         if self._clock.now < self._cut_until:
             self._clock.call_at(self._cut_until, self._connect, boot)
             return
+        epoch = self.epoch
         self._connection = self._bus.connect(
             "hub",
             hub_filters(self._namespace),
             deliver=self._on_letter,
             on_lost=self._on_lost,
-            will=self._sealed(m.HubState(online=False), ""),
-            quality=self._quality,
+            will=lambda: self._sealed(m.HubState(online=False), "", epoch),
+            quality=self._conditions.hub_quality,
         )
         if self._connection is None:
             self._clock.call_at(self._clock.now + _RECONNECT_S, self._connect, boot)
             return
-        link = Link(is_up=True, epoch=self._epoch)
+        link = Link(is_up=True, epoch=self.epoch)
         self._perform(self.coordinator.on_link(link, self._clock.now))
 
     def _on_lost(self, reason: str) -> None:
         if self.coordinator is None:
             return
         self._connection = None
-        link = Link(is_up=False, epoch=self._epoch, reason=reason)
+        link = Link(is_up=False, epoch=self.epoch, reason=reason)
         self._perform(self.coordinator.on_link(link, self._clock.now))
         self._clock.call_at(self._clock.now + _RECONNECT_S, self._connect, self._boot)
 
-    def _on_letter(self, topic: str, payload: bytes) -> bool:
+    def _on_letter(self, topic: str, payload: Payload) -> bool:
         if self.coordinator is None:
             return False
         now = self._clock.now
         try:
-            _, envelope = open_letter(self._namespace, topic, payload)
+            envelope = unseal(self._namespace, topic, payload)
         except ProtocolError as error:
             return self._perform(self.coordinator.on_unreadable(topic, error, now))
         return self._perform(self.coordinator.on_message(envelope, now))
 
-    def _sealed(self, letter: m.AnyLetter, device: str) -> tuple[Route, bytes]:
-        return route(self._namespace, device, letter), m.seal("hub", self._epoch, letter)
+    def _sealed(self, letter: m.AnyLetter, device: str, epoch: int | None = None) -> Will:
+        epoch = self.epoch if epoch is None else epoch
+        return seal(self._namespace, device, letter, sender="hub", epoch=epoch)
 
     # The coordinator's effects ------------------------------------------------------------
 

@@ -22,11 +22,12 @@ from federation.learning.topology import Topology, neighbours_in
 from federation.protocol.codec import decode
 from federation.protocol.messages import LocalPlan, ModelSpec, Params
 from simulations.attacks import labels_shifted
-from simulations.fleet import FleetData, fleet_data, fleet_members
+from simulations.device_model import Member
+from simulations.fleet import FleetData, fleet_data
 from simulations.peers import PeerWorld
+from simulations.populating import population_of
 from simulations.scenario import Scenario
 from simulations.tables import DevicePlan, FleetPlan, LinkPlan, Record, require
-from simulations.world import Member
 
 SHIPPED = Path(__file__).parent / "scenarios" / "peers"
 """The folder of the scenarios of peers that come with the package."""
@@ -236,7 +237,8 @@ def _members(scenario: PeerScenario, whole: Scenario, data: FleetData) -> list[M
     spec = ModelSpec(name=run.model.name, sizes=run.model.sizes)
     plan = LocalPlan(model=spec, seed=run.seed, **msgspec.structs.asdict(run.training))
     members = []
-    for member in fleet_members(whole, data):
+    population = population_of(whole, data, sleeps=False)
+    for member in map(population.member, range(len(population.names))):
         terms = PeerTerms(
             neighbours=graph[member.name],
             rule=table.rule,

@@ -23,8 +23,11 @@ from federation.protocol.messages import Assignment
 from simulations.attacks import noise, non_finite, sign_flipped
 from simulations.bus import Bus
 from simulations.clock import Clock
-from simulations.device import Device, Surroundings, Trainer
-from simulations.world import LONGEST_S, Member, draws_of
+from simulations.device import Device, Surroundings
+from simulations.device_model import Member
+from simulations.workshop.in_process import InProcess
+from simulations.workshop.job import Trainer
+from simulations.world import LONGEST_S, draws_of
 
 Task = ParamSpec("Task")
 Done = TypeVar("Done", Trained, Mixed)
@@ -94,11 +97,14 @@ class PeerWorld:
                 self.clock,
                 self.bus,
                 namespace,
-                _unfailing(member.name, mind.train if mind else train),
+                InProcess(
+                    {member.name: member.data},
+                    train=_unfailing(member.name, mind.train if mind else train),
+                ),
                 _unfailing(member.name, mind.mix if mind else carry_out),
             )
             rng = draws_of(seed, member.name)
-            device = Device(member.name, member.data, member.model, around, rng)
+            device = Device(member, around, rng)
             device.held = _Witnessed(member.name, observe)
             self.devices[member.name] = device
             self.clock.call_at(member.model.joins_at_s, device.power_on)

@@ -44,6 +44,8 @@ class Drop(msgspec.Struct, frozen=True, kw_only=True):
 class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
     """One round. Times are virtual seconds; bytes are those of models and updates.
 
+    `energy_j` and `train_s` are what the devices that were asked have spent on it.
+
     `interruptions` counts the times that a device which had been asked was lost, whether or
     not it came back in time. `accuracy` and `loss` are those of the new model on the held-out
     data, the loss in nats; both are None for a round that gave no model.
@@ -63,6 +65,8 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
     training_loss: float | None = None
     accuracy: float | None = None
     loss: float | None = None
+    energy_j: float = 0.0
+    train_s: float = 0.0
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +100,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 class Ledger:
     """Watches the facts of one run and keeps the account; `log` takes the event log's lines.
 
+    `spent` tells what the devices of the round that is closing took, in joules and seconds.
+
     Each new model is measured on the held-out data when its round closes.
     """
 
@@ -106,7 +112,9 @@ class Ledger:
         *,
         log: IO[bytes] | None = None,
         on_round: Callable[[RoundResult], None] | None = None,
+        spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
     ) -> None:
+        self._spent = spent
         self.rounds: list[RoundResult] = []
         self.updates = self.letters_refused = 0
         self.refused: Counter[str] = Counter()
@@ -170,6 +178,7 @@ class Ledger:
     def _row(
         self, opened: RoundOpened, status: str, at: float, devices: tuple[str, ...]
     ) -> RoundResult:
+        energy_j, train_s = self._spent()
         missing = sorted({entry.device for entry in opened.attempts} - set(devices))
         return RoundResult(
             round=opened.round,
@@ -181,6 +190,8 @@ class Ledger:
             devices=devices,
             dropped=tuple(self._drop(device) for device in missing),
             interruptions=self._interruptions,
+            energy_j=energy_j,
+            train_s=train_s,
         )
 
     def _drop(self, device: str) -> Drop:

@@ -201,6 +201,11 @@ class Scenario(Record, frozen=True, kw_only=True):
             vary(self, variant)
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether contents stay where they are: not in chunks, and not on the hub's disk."""
+        return not self.link.chunks and not self.kills_the_hub
+
+    @property
     def kills_the_hub(self) -> bool:
         """Whether the hub may die, so that it needs a record that outlives it."""
         return self.churn.hub_kill_every_s > 0 or any(isinstance(f, HubKill) for f in self.faults)

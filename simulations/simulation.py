@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from cloud.initial import initial_model
 from cloud.record.registry import Registry
 from cloud.record.store import Store
@@ -13,11 +15,15 @@ from federation.errors import ConfigError, StoreError
 from federation.protocol.codec import digest_of
 from optimizer.baselines import select_uniformly
 from simulations.attacks import attacking, liars
-from simulations.availability import select_available
-from simulations.device import Trainer
+from simulations.availability import let_leave, select_available
+from simulations.conditions import Conditions
+from simulations.diary import Diary
 from simulations.faults import arrange_faults
-from simulations.fleet import FleetData, fleet_data, fleet_members, manifest
+from simulations.fleet import FleetData, fleet_data, manifest
 from simulations.hub import UNRECORDED, HubRecord
+from simulations.populating import population_of
+from simulations.presence.kinds import presence_of
+from simulations.presence.model import Presence
 from simulations.report import (
     Ledger,
     Result,
@@ -29,7 +35,9 @@ from simulations.report import (
     write_result,
 )
 from simulations.scenario import Scenario
-from simulations.world import Conditions, World
+from simulations.workshop.in_process import InProcess
+from simulations.workshop.job import Workshop
+from simulations.world import World
 
 
 def simulate(
@@ -39,60 +47,86 @@ def simulate(
     cache: Path,
     seed: int | None = None,
     data: FleetData | None = None,
-    train: Trainer = fulfil,
+    workshop: Workshop | None = None,
     on_round: Callable[[RoundResult], None] | None = None,
 ) -> Result:
     """Run a scenario and leave its files in `out`.
 
-    They are `result.json`, `curves.png`, `events.jsonl`, `model.safetensors`, `partition.json`
-    (who held what), and where the hub may be killed, `hub/` with its database and model files.
-    `seed` replaces the scenario's; the run keeps its own. `cache` is where data sets are kept;
-    with `data`, those of `fleet_data`, it is not looked at.
+    They are `result.json`, `curves.png`, `attempts.csv` (what became of each device that was
+    asked, and what it spent), `fleet.npy` (who was there), `events.jsonl`, `model.safetensors`,
+    `partition.json` (who held what), and where the hub may be killed, `hub/` with its database
+    and model files. `seed` replaces the scenario's; the run keeps its own. `cache` is where data
+    sets are kept; with `data`, those of `fleet_data`, it is not looked at. Devices train in the
+    `workshop`, which is the caller's to close, or in one made for this.
 
     Raises:
         ConfigError: a scenario that cannot be, or a folder that cannot be written to.
         DataError: a data set that is not there.
     """
     seed = scenario.seed if seed is None else seed
+    scenario = msgspec.structs.replace(scenario, seed=seed)
     data = data or fleet_data(scenario, cache=cache)
+    bench = workshop or workshop_for(scenario, data)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "partition.json").write_bytes(as_json(manifest(scenario.fleet, data)))
         with (out / "events.jsonl").open("wb") as log, _hub_record(scenario, out) as record:
-            ledger = Ledger(scenario.run, data.held_out, log=log, on_round=on_round)
-            world = build_world(scenario, data, seed=seed, train=train, record=record)
+            presence = presence_of(scenario.availability, len(data.devices), seed)
+            world = build_world(scenario, data, presence, workshop=bench, record=record)
+            diary = Diary(out, world, presence)
+            ledger = Ledger(
+                scenario.run, data.held_out, log=log, on_round=on_round, spent=diary.spent
+            )
             world.watch(ledger.observe)
             initial, _ = ledger.accuracy_of(world.model)
             world.run(scenario.limit_s)
+            diary.close()
         (out / "model.safetensors").write_bytes(world.model)
     except OSError as error:
         raise ConfigError(
             f"cannot write to {out}: {error.strerror}; give another folder with --out"
         ) from error
+    finally:
+        if workshop is None:
+            bench.close()
     result = _result(scenario, seed, world, ledger, initial)
     write_result(result, out)
     return result
 
 
+def workshop_for(scenario: Scenario, data: FleetData) -> Workshop:
+    """Where this scenario's devices train, if nobody says otherwise: in this process."""
+    liars_at = liars(scenario.attack, list(data.devices), scenario.seed)
+    if scenario.attack.kind != "none":
+        return InProcess(data.devices, train=attacking(fulfil, scenario.attack, liars_at))
+    return InProcess(data.devices)
+
+
 def build_world(
     scenario: Scenario,
     data: FleetData,
+    presence: Presence,
     *,
-    seed: int,
-    train: Trainer = fulfil,
+    workshop: Workshop,
     record: HubRecord = UNRECORDED,
 ) -> World:
     """The world of a scenario, with all that goes wrong in it; it has not begun yet."""
-    devices = list(data.devices)
-    select = select_available(select_uniformly, scenario.availability, devices, seed)
+    seed, population = scenario.seed, population_of(scenario, data)
+    now: Callable[[], float] = lambda: world.clock.now  # noqa: E731
+    conditions = Conditions(
+        seed=seed,
+        select=select_available(select_uniformly, presence, population.names, now),
+        shares_memory=scenario.shares_memory,
+    )
     world = World(
         scenario.run,
         initial_model(scenario.run),
-        fleet_members(scenario, data),
-        train=attacking(train, scenario.attack, liars(scenario.attack, devices, seed)),
-        conditions=Conditions(seed=seed, select=select),
+        population,
+        workshop=workshop,
+        conditions=conditions,
         record=record,
     )
+    let_leave(world, presence)
     arrange_faults(scenario, world, seed)
     return world
 
@@ -137,7 +171,7 @@ def _result(
     scenario: Scenario, seed: int, world: World, ledger: Ledger, initial_accuracy: float
 ) -> Result:
     status, reason = outcome_of(world.ended)
-    traffic = [world.bus.traffic(name) for name in world.devices]
+    sent, received = world.devices.traffic()
     measured = [row.accuracy for row in ledger.rounds if row.accuracy is not None]
     return Result(
         status=status,
@@ -153,8 +187,8 @@ def _result(
         drop_reasons=drop_reasons(ledger.rounds),
         bytes_up=ledger.bytes_up,
         bytes_down=ledger.bytes_down,
-        wire_up_bytes=sum(up for up, _ in traffic),
-        wire_down_bytes=sum(down for _, down in traffic),
+        wire_up_bytes=sent,
+        wire_down_bytes=received,
         model_sha256=digest_of(world.model),
         run=scenario.run,
         versions=versions(),

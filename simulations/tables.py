@@ -75,8 +75,8 @@ class FleetPlan(Record, frozen=True, kw_only=True):
     - `groups`: `groups` disjoint groups of classes;
     - `natural`: a device holds one client of the set, never two;
     - `wrist`: the demo's ten devices on seven people;
-    - `drawn`: each device draws `samples` of all, which others may hold too: for fleets that are
-      larger than their data.
+    - `drawn`: each device holds `samples` drawn from all, which others may hold too: for fleets
+      that are larger than their data.
 
     `hold_out` is the share of samples, or with `natural` of clients, that no device holds and
     models are measured on; a set that comes with a test split has that held out. `samples` caps
@@ -134,7 +134,9 @@ class FleetPlan(Record, frozen=True, kw_only=True):
 class LinkPlan(Record, frozen=True, kw_only=True):
     """The devices' links; see `simulations.bus.LinkQuality`. Rates are in bits a second.
 
-    Where a class of devices has rates of its own, the lower ones hold.
+    Where a class of devices has rates of its own, the lower ones hold. In `chunks`, contents
+    travel as over a real broker, and an interrupted transfer goes on where it was; else each
+    travels in one letter, which costs a simulation a tenth.
     """
 
     delay_s: Range = (0.01, 0.1)
@@ -142,6 +144,7 @@ class LinkPlan(Record, frozen=True, kw_only=True):
     duplicates: float = 0.0
     up_bps: float = 0.0
     down_bps: float = 0.0
+    chunks: bool = False
 
     def __post_init__(self) -> None:
         require_range("link.delay_s", self.delay_s)

@@ -1,9 +1,12 @@
 """Topics as trees of levels: who reads a topic, and which retained letters a filter matches."""
 
 from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from federation.protocol.topics import Route
+from simulations.sealed import Sealed
+
+Payload: TypeAlias = bytes | Sealed
 
 Reader = TypeVar("Reader")
 
@@ -52,21 +55,21 @@ class Retained:
 
     def __init__(self) -> None:
         self.below: dict[str, Retained] = {}
-        self.letter: tuple[Route, bytes] | None = None
+        self.letter: tuple[Route, Payload] | None = None
 
-    def put(self, route: Route, payload: bytes) -> None:
+    def put(self, route: Route, payload: Payload) -> None:
         """Keep this letter in place of the one before; an empty one only clears it."""
         node = self
         for level in route.topic.split("/"):
             node = node.below.setdefault(level, Retained())
         node.letter = (route, payload) if payload else None
 
-    def matching(self, name: str) -> Iterator[tuple[Route, bytes]]:
+    def matching(self, name: str) -> Iterator[tuple[Route, Payload]]:
         """The retained letters whose topics match a filter."""
         return _letters(self, name.split("/"), 0)
 
 
-def _letters(node: Retained, levels: list[str], depth: int) -> Iterator[tuple[Route, bytes]]:
+def _letters(node: Retained, levels: list[str], depth: int) -> Iterator[tuple[Route, Payload]]:
     is_all = depth < len(levels) and levels[depth] == "#"
     if node.letter is not None and (is_all or depth == len(levels)):
         yield node.letter

@@ -6,40 +6,22 @@ devices take part, a simulated run gives the bits of the real one.
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from cloud.config import RunPlan
 from cloud.coordination.facts import HubFact, RoundClosed, RunEnded
-from federation.learning.data import LocalData
-from optimizer.baselines import select_uniformly
-from optimizer.problem import Selector
-from simulations.bus import PERFECT, Bus, LinkQuality
+from simulations.bus import Bus
 from simulations.clock import Clock
-from simulations.device import Device, DeviceModel, Surroundings, Trainer
+from simulations.conditions import USUAL, Conditions
+from simulations.device import Surroundings
+from simulations.device_model import Member
+from simulations.herd import Herd, Population, awake
 from simulations.hub import UNRECORDED, Hub, HubRecord
+from simulations.workshop.job import Workshop
 
 LONGEST_S = 10 * 365 * 86_400.0
 """No simulated run takes longer than ten years: rounds have deadlines, so it would be a bug."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A device of the fleet to be: its name, its data, and what it is like."""
-
-    name: str
-    data: LocalData
-    model: DeviceModel = DeviceModel()  # noqa: RUF009 - frozen
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
-    """What a world is like beside its devices. `seed` decides links, births and back-offs."""
-
-    seed: int = 0
-    namespace: str = "fleet"
-    hub_quality: LinkQuality = PERFECT
-    select: Selector = select_uniformly
 
 
 def draws_of(seed: int, what: str) -> random.Random:
@@ -50,18 +32,20 @@ def draws_of(seed: int, what: str) -> random.Random:
 class World:
     """Runs one plan with one fleet; `model` are the encoded initial weights.
 
-    `observe` is told every fact that the hub has recorded. What comes to pass beside that
-    (kills, cuts) is for the caller to ask for, on `clock`, before or during the run.
+    `members` are devices that are always awake, or a population that may sleep. They train in
+    the `workshop`, which is the caller's to close. `observe` is told every fact that the hub
+    has recorded. What comes to pass beside that (kills, cuts) is for the caller to ask for, on
+    `clock`, before or during the run.
     """
 
     def __init__(
         self,
         plan: RunPlan,
         model: bytes,
-        members: Iterable[Member],
+        members: Iterable[Member] | Population,
         *,
-        train: Trainer,
-        conditions: Conditions = Conditions(),
+        workshop: Workshop,
+        conditions: Conditions = USUAL,
         record: HubRecord = UNRECORDED,
         observe: Callable[[HubFact], None] | None = None,
     ) -> None:
@@ -72,20 +56,25 @@ class World:
         self._observers: list[Callable[[HubFact], None]] = [self._follow]
         if observe is not None:
             self.watch(observe)
-        around = Surroundings(self.clock, self.bus, conditions.namespace, train)
+        around = Surroundings(
+            self.clock,
+            self.bus,
+            conditions.namespace,
+            workshop,
+            hub_epoch=lambda: self.hub.epoch,
+        )
         self.hub = Hub(
             plan,
             model,
             world=around,
             record=record,
             observe=self._tell,
-            select=conditions.select,
-            quality=conditions.hub_quality,
+            conditions=conditions,
         )
         self.clock.call_at(0.0, self.hub.power_on)
-        self.devices: Mapping[str, Device] = {
-            member.name: self._place(member, around, conditions.seed) for member in members
-        }
+        population = members if isinstance(members, Population) else awake(members)
+        self.devices = Herd(population, around, partial(draws_of, conditions.seed))
+        self.hub.introduce = self.devices.introduce
 
     def watch(self, observe: Callable[[HubFact], None]) -> None:
         """Tell this one, too, every fact that the hub has recorded."""
@@ -101,12 +90,6 @@ class World:
         """The broker dies and comes back; it forgets sessions and retained letters, or not."""
         self.bus.stop(forgets=forgets)
         self.clock.call_at(self.clock.now + away_s, self.bus.start)
-
-    def _place(self, member: Member, around: Surroundings, seed: int) -> Device:
-        rng = draws_of(seed, member.name)
-        device = Device(member.name, member.data, member.model, around, rng)
-        self.clock.call_at(member.model.joins_at_s, device.power_on)
-        return device
 
     def _tell(self, fact: HubFact) -> None:
         for observe in self._observers:

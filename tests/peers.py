@@ -7,8 +7,7 @@ from edge_agent.peers import PeerPlan, PeerTerms
 from federation.learning.data import LocalData
 from federation.protocol import messages as m
 from simulations.bus import LinkQuality
-from simulations.device import DeviceModel
-from simulations.world import Member
+from simulations.device_model import DeviceModel, Member
 
 SETTINGS = AgentSettings(heartbeat_s=20.0, keepalive_s=4.0, timeout_s=2.0)
 

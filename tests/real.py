@@ -21,10 +21,11 @@ from edge_agent.trainer import fulfil
 from federation.learning.data import LocalData
 from federation.learning.plans import TrainingPlan
 from simulations.data.datasets import load
-from simulations.device import DeviceModel
+from simulations.device_model import DeviceModel, Member
 from simulations.link import LinkProxy
 from simulations.processes import Process, agent_process, free_port, hub_process
-from simulations.world import Member, World
+from simulations.workshop.in_process import InProcess
+from simulations.world import World
 
 NO_LEVELS: Mapping[str, int] = MappingProxyType({})
 CRASHING = Path(__file__).with_name("crashing.py")
@@ -66,7 +67,7 @@ def simulate(
     members = [
         Member(name, data, DeviceModel(level=levels.get(name, 0))) for name, data in shards.items()
     ]
-    world = World(plan, initial_model(plan), members, train=fulfil)
+    world = World(plan, initial_model(plan), members, workshop=InProcess(shards, train=fulfil))
     ended = world.run()
     assert ended is not None
     assert ended.status == "finished"

@@ -21,10 +21,12 @@ from edge_agent.trainer import fulfil
 from federation.learning.data import LocalData
 from federation.learning.plans import TrainingPlan
 from simulations.bus import LinkQuality
+from simulations.conditions import Conditions
 from simulations.data.datasets import load
-from simulations.device import DeviceModel
+from simulations.device_model import DeviceModel, Member
 from simulations.hub import HubRecord
-from simulations.world import Conditions, Member, World
+from simulations.workshop.in_process import InProcess
+from simulations.world import World
 
 LONG_S = 1e5
 """Longer than any failure here lasts: with it as deadline, nobody is given up."""
@@ -83,11 +85,12 @@ class Simulation:
         quality = quality or LinkQuality(delay_s=(0.01, 0.2))
         usual = DeviceModel(seconds_per_step=1.0, quality=quality, settings=SETTINGS)
         models = models or {}
+        held = shards(devices)
         self.world = World(
             plan,
             initial_model(plan),
-            [Member(name, data, models.get(name, usual)) for name, data in shards(devices).items()],
-            train=fulfil,
+            [Member(name, data, models.get(name, usual)) for name, data in held.items()],
+            workshop=InProcess(held, train=fulfil),
             conditions=Conditions(seed=seed),
             record=record or HubRecord(),
             observe=self.facts.append,

@@ -11,13 +11,22 @@ from federation.errors import ConfigError
 from federation.protocol.messages import Capability
 from optimizer.baselines import select_uniformly
 from optimizer.problem import Candidates
-from simulations.availability import available, select_available
-from simulations.fleet import fleet_data, fleet_members
+from simulations.availability import select_available
+from simulations.fleet import fleet_data
+from simulations.populating import population_of
+from simulations.presence.kinds import presence_of
 from simulations.scenario import Scenario
 from simulations.simulation import simulate
 from simulations.tables import AvailabilityPlan
 
 FLEET = [f"d{n:02d}" for n in range(20)]
+
+
+def available(plan, devices, seed, number):
+    """Who is there in a round, by name."""
+    on = presence_of(plan, len(devices), seed).on(number, 0.0)
+    return frozenset(name for name, is_on in zip(devices, on, strict=True) if is_on)
+
 
 PLAN = {
     "run": {
@@ -80,7 +89,7 @@ def test_somebody_is_always_on():
 def test_who_is_away_is_not_asked_and_the_reason_is_told():
     """The selector chooses among those that are on, and excludes the rest by name."""
     plan = AvailabilityPlan(kind="bernoulli", q=0.5)
-    select = select_available(select_uniformly, plan, FLEET, 7)
+    select = select_available(select_uniformly, presence_of(plan, len(FLEET), 7), FLEET)
     candidates = Candidates(FLEET, lambda _: Capability(agent="test"))
 
     chosen = select(candidates, 4, 1, np.random.default_rng(0))
@@ -132,7 +141,7 @@ def test_levels_repeat_over_devices_or_are_drawn(tmp_path):
 
     def levels(given):
         data = fleet_data(given, cache=tmp_path)
-        return [member.model.level for member in fleet_members(given, data)]
+        return [population_of(given, data).level(place) for place in range(given.fleet.devices)]
 
     assert levels(repeated) == [1, 2, 4, 1, 2]
     counts = np.bincount(levels(drawn), minlength=4)

@@ -27,7 +27,7 @@ class Client:
             self.filters,
             deliver=self.hear,
             on_lost=self.lost.append,
-            will=self.will,
+            will=(lambda: self.will) if self.will else None,
             quality=self.quality,
         )
         return self
@@ -258,7 +258,7 @@ def test_losses_and_duplicates_come_as_often_as_asked_for():
 def test_a_slow_link_takes_the_time_its_rate_says(bus):
     """Ten letters of 10,000 bytes take 8 s at 100 kbit/s, each way."""
     _, reader = pair(bus)
-    slow = Client(bus, "slow", [], quality=LinkQuality(rate_bps=100_000)).connect()
+    slow = Client(bus, "slow", [], quality=LinkQuality(up_bps=100_000)).connect()
 
     for _ in range(10):
         slow.say("a/b", "x" * (10_000 - len("a/b")))

@@ -7,17 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from federation.errors import CodecError
-from federation.protocol.codec import (
-    MAX_HEADER_BYTES,
-    check_part,
-    check_update,
-    decode,
-    digest_of,
-    encode,
-    layer_of,
-    pack,
-    unpack,
-)
+from federation.protocol.codec import check_part, check_update, decode, digest_of, encode, layer_of
+from federation.protocol.tensors import MAX_HEADER_BYTES, pack, unpack
 from tests.tensors import ANY, FINITE, model
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from federation.errors import CodecError
-from federation.protocol.codec import decode, encode, pack, unpack
+from federation.protocol.codec import decode, encode
+from federation.protocol.tensors import pack, unpack
 from tests.tensors import FINITE, model
 
 

@@ -14,9 +14,10 @@ from federation.learning.models import initial_weights
 from federation.protocol.codec import decode
 from federation.protocol.messages import ModelSpec
 from simulations.bus import LinkQuality
-from simulations.device import PHASES as DEVICE_PHASES
-from simulations.device import DeviceModel, Trap
+from simulations.device_model import DeviceModel
 from simulations.hub import PHASES as HUB_PHASES
+from simulations.tables import PHASES as DEVICE_PHASES
+from simulations.traps import Trap
 from tests.simulated import Simulation, on_disk, patient_plan, shards
 
 DEVICES = 3

@@ -20,7 +20,7 @@ from federation.protocol.codec import decode, encode
 from federation.protocol.effects import Link, Send, StopTraining, Train
 from federation.protocol.transfer import content_of
 from simulations.data.datasets import load
-from simulations.device import DeviceModel
+from simulations.device_model import DeviceModel
 from tests.peers import SETTINGS, full_mesh
 from tests.simulated import Simulation, patient_plan, shards
 

@@ -16,10 +16,9 @@ from edge_agent.peering_config import PeerModelChoice, PeersConfig, PeerTraining
 from edge_agent.peering_facts import PeerKept
 from federation.learning.data import LocalData
 from simulations.bus import LinkQuality
-from simulations.device import DeviceModel
+from simulations.device_model import DeviceModel, Member
 from simulations.peers import PeerWorld
 from simulations.processes import Process, agent_process, hub_process
-from simulations.world import Member
 from tests.peers import full_mesh
 from tests.real import (
     RealFleet,

@@ -12,10 +12,11 @@ from cloud.coordination.facts import (
     RoundOpened,
     UpdateAccepted,
 )
-from simulations import device as devices
 from simulations import hub as hubs
+from simulations import tables
 from simulations.bus import LinkQuality
-from simulations.device import DeviceModel, Trap
+from simulations.device_model import DeviceModel
+from simulations.traps import Trap
 from tests.simulated import SETTINGS, Simulation, on_disk, patient_plan, shards, undisturbed
 
 FLEET = 3
@@ -27,7 +28,7 @@ FAULTS = st.one_of(
     st.tuples(st.just("kill"), TIMES, NAMES, AWAY),
     st.tuples(st.just("cut"), TIMES, NAMES, AWAY),
     st.tuples(st.just("silent"), TIMES, NAMES, AWAY),
-    st.tuples(st.just("trap"), st.sampled_from(devices.PHASES), NAMES, AWAY),
+    st.tuples(st.just("trap"), st.sampled_from(tables.PHASES), NAMES, AWAY),
     st.tuples(st.just("hub-cut"), TIMES, st.none(), AWAY),
     st.tuples(st.just("broker"), TIMES, st.booleans(), st.floats(0.0, 5.0)),
 )
@@ -36,7 +37,8 @@ QUALITY = st.builds(
     delay_s=st.tuples(st.floats(0.0, 0.5), st.floats(0.5, 3.0)),
     loss=st.sampled_from([0.0, 0.1, 0.4]),
     duplicates=st.sampled_from([0.0, 0.2, 0.6]),
-    rate_bps=st.sampled_from([0.0, 100_000.0]),
+    up_bps=st.sampled_from([0.0, 100_000.0]),
+    down_bps=st.sampled_from([0.0, 100_000.0]),
 )
 
 
@@ -119,7 +121,7 @@ def test_a_hub_killed_at_a_phase_of_a_round_goes_on_with_it(phase):
     assert [fact.round for fact in disturbed.of(RoundClosed)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("phase", devices.PHASES)
+@pytest.mark.parametrize("phase", tables.PHASES)
 def test_a_device_killed_at_a_phase_of_an_attempt_goes_on_with_it(phase):
     """Before, in and after download, training and upload: same bits, and no second training."""
     disturbed = Simulation(patient_plan(FLEET), FLEET)

@@ -84,6 +84,17 @@ class Fleet:
         """
         self.register(device, epoch, birth.capability)
 
+    def register_all(self, devices: Iterable[tuple[str, int, Capability]]) -> None:
+        """These devices (name, epoch, capability) are there, and have nothing in hand."""
+        new = {name: Device(epoch, "ready", able) for name, epoch, able in devices}
+        self._devices.update(new)
+        self._free.update(name for name, entry in new.items() if entry.can_be_asked)
+        for name, entry in new.items():
+            if not entry.can_be_asked:
+                self._others[name] = None
+            elif self._others:
+                self._others.pop(name, None)
+
     def register(self, device: str, epoch: int, capability: Capability) -> None:
         """This device is there, and has nothing in hand."""
         self._devices[device] = Device(epoch, "ready", capability)

@@ -18,16 +18,12 @@ The same weights give the same bytes, and bytes from anywhere give weights or `C
 """
 
 import hashlib
-import json
-import re
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from federation.errors import CodecError
 from federation.protocol.compact import (
@@ -40,21 +36,11 @@ from federation.protocol.compact import (
     squeeze,
 )
 from federation.protocol.in_place import InPlace
+from federation.protocol.tensors import Array, pack, unpack
 
-Array: TypeAlias = NDArray[Any]
 Weights: TypeAlias = dict[str, NDArray[np.float32]]
 Masks: TypeAlias = Mapping[str, NDArray[np.bool_]]
 Encoding: TypeAlias = Literal["dense", "int8"]
-
-MAX_HEADER_BYTES = 256 * 1024
-"""No longer header is parsed: enough for some two thousand tensors."""
-
-MAX_DIMENSIONS = 8
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}")
-"""What a tensor may be called."""
-
-_FACTS, _RESERVED = "headwater", "__metadata__"
-_DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "I8": np.int8}
 
 
 class _Facts(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -212,13 +198,7 @@ def check_tensor(name: str, tensor: Array, like: Array) -> None:
     Raises:
         CodecError: naming the tensor, what it is and what was expected.
     """
-    if tensor.shape != like.shape:
-        raise CodecError(
-            f"tensor {name!r} has shape {tensor.shape}; expected {like.shape}: "
-            "train the model that was sent"
-        )
-    if tensor.dtype != like.dtype:
-        raise CodecError(f"tensor {name!r} is {tensor.dtype}; expected {like.dtype}: convert it")
+    check_form(name, tensor, like)
     if not np.isfinite(tensor).all():
         count = int(tensor.size - np.isfinite(tensor).sum())
         raise CodecError(
@@ -227,86 +207,19 @@ def check_tensor(name: str, tensor: Array, like: Array) -> None:
         )
 
 
-def pack(tensors: Mapping[str, Array], facts: str = "") -> bytes:
-    """Tensors of any dtype known here, and a text about them, as one safetensors file.
+def check_form(name: str, tensor: Array, like: Array) -> None:
+    """Refuse a tensor of another shape or dtype than `like`; its numbers are not looked at.
 
     Raises:
-        CodecError: a name, dtype or number of dimensions that cannot travel.
+        CodecError: as `check_tensor`.
     """
-    ready: dict[str, Array] = {}
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if name == _RESERVED or NAME.fullmatch(name) is None:
-            raise CodecError(
-                f"tensor name {name[:80]!r} cannot travel: "
-                "use 1 to 200 letters, digits and _ . : / -"
-            )
-        if tensor.dtype.type not in _DTYPES.values() or tensor.ndim > MAX_DIMENSIONS:
-            raise CodecError(
-                f"tensor {name!r} is {tensor.dtype} with {tensor.ndim} dimensions; expected "
-                f"float32, float64, int64 or int8 with at most {MAX_DIMENSIONS}: convert it"
-            )
-        ready[name] = np.asarray(tensor, order="C")
-    payload = save(ready, {_FACTS: facts} if facts else None)
-    _check_header(payload)
-    return payload
-
-
-def unpack(payload: bytes) -> tuple[dict[str, Array], str]:
-    """The tensors in a safetensors file, writable, and the text about them.
-
-    Raises:
-        CodecError: bytes that are not such a file, whole and nothing beyond.
-    """
-    header = _check_header(payload)
-    try:
-        entries = safetensors.deserialize(payload)  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
+    if tensor.shape != like.shape:
         raise CodecError(
-            f"{len(payload)} bytes are not tensors ({error}); expected a safetensors payload: "
-            "fetch it again"
-        ) from error
-    tensors: dict[str, Array] = {}
-    for name, entry in entries:
-        dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-        if dtype is None or NAME.fullmatch(name) is None or not _is_sane(shape):
-            raise CodecError(
-                f"tensor {name[:80]!r} is {entry['dtype']} of shape {shape[:9]}: not ours, refuse"
-            )
-        try:
-            tensors[name] = np.frombuffer(bytearray(entry["data"]), dtype).reshape(shape)
-        except ValueError as error:
-            raise CodecError(
-                f"tensor {name!r} cannot have shape {shape} ({error}): not ours, refuse"
-            ) from error
-    return tensors, _text_in(header)
-
-
-def _check_header(payload: bytes) -> bytes:
-    length = int.from_bytes(payload[:8], "little")
-    if len(payload) < 8 or length > len(payload) - 8:
-        raise CodecError(
-            f"payload of {len(payload)} bytes is cut short or not tensors: fetch it again"
+            f"tensor {name!r} has shape {tensor.shape}; expected {like.shape}: "
+            "train the model that was sent"
         )
-    if length > MAX_HEADER_BYTES:
-        raise CodecError(
-            f"payload has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read: "
-            "send fewer tensors at once"
-        )
-    return payload[8 : 8 + length]
-
-
-def _text_in(header: bytes) -> str:
-    try:
-        metadata = json.loads(header).get(_RESERVED)
-    except (ValueError, RecursionError) as error:
-        raise CodecError(f"payload's header is unreadable ({error}): fetch it again") from error
-    text = metadata.get(_FACTS, "") if isinstance(metadata, dict) else ""
-    return text if isinstance(text, str) else ""
-
-
-def _is_sane(shape: tuple[int, ...]) -> bool:
-    return len(shape) <= MAX_DIMENSIONS and all(size < 2**31 for size in shape)
+    if tensor.dtype != like.dtype:
+        raise CodecError(f"tensor {name!r} is {tensor.dtype}; expected {like.dtype}: convert it")
 
 
 def _facts_to_json(facts: _Facts) -> str:

@@ -16,6 +16,7 @@ its own `up/#` and `peer/#`, read its own `dn/#`, `pub/#`, and of every device `
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
 from federation.errors import ProtocolError
@@ -86,6 +87,7 @@ ROUTES: Mapping[type[m.AnyLetter], Route] = MappingProxyType(
 """How each letter travels; its topic is below the device's branch, or below the root if public."""
 
 
+@lru_cache(maxsize=64)
 def root(namespace: str) -> str:
     """The prefix of all topics of one fleet."""
     return f"fl/{m.MAJOR}/{check_name('namespace', namespace)}"
@@ -115,7 +117,8 @@ def route(namespace: str, device: str, letter: m.AnyLetter) -> Route:
     """How this letter travels; `device` names the branch and is ignored for public letters."""
     rule = ROUTES[type(letter)]
     branch = "" if rule.topic.startswith("pub/") else f"d/{device}/"
-    topic = f"{root(namespace)}/{branch}{rule.topic.format(letter)}"
+    below = rule.topic if "{" not in rule.topic else rule.topic.format(letter)
+    topic = f"{root(namespace)}/{branch}{below}"
     return Route(topic, rule.qos, rule.retain, rule.expiry_s)
 
 

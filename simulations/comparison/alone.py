@@ -15,6 +15,7 @@ from optimizer.baselines import select_uniformly
 from optimizer.problem import Candidates, Selection
 from simulations.availability import select_available
 from simulations.fleet import FleetData, device_levels
+from simulations.presence.kinds import presence_of
 from simulations.report import Result, RoundResult, versions
 from simulations.scenario import Scenario
 
@@ -75,7 +76,8 @@ def _select(scenario: Scenario, data: FleetData, number: int) -> Selection:
     levels = device_levels(scenario.fleet)
     level_of = dict(zip(devices, levels, strict=True))
     candidates = Candidates(devices, lambda name: Capability(agent="alone", level=level_of[name]))
-    select = select_available(select_uniformly, scenario.availability, devices, scenario.seed)
+    presence = presence_of(scenario.availability, len(devices), scenario.seed)
+    select = select_available(select_uniformly, presence, devices)
     rng = np.random.default_rng([plan.seed, number])
     return select(candidates, plan.policy.wanted, number, rng)
 
