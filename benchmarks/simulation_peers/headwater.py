@@ -6,6 +6,7 @@ of it happens on the virtual clock.
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 from benchmarks.simulation_peers.marks import Marks
@@ -27,6 +28,7 @@ from simulations.tables import (
     FleetPlan,
     LinkPlan,
 )
+from simulations.workshop import InProcess, Processes, Workshop
 
 SHARE_ON = 0.9
 """The share of devices that are on in a round."""
@@ -102,5 +104,12 @@ def run(work: Work) -> Marks:
     data = FleetData(Held(arrays, work.clients), held_out)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        simulate(scenario_of(work), out, cache=out, data=data, on_round=mark)
+        with closing(_workshop(work, data)) as workshop:
+            simulate(scenario_of(work), out, cache=out, data=data, workshop=workshop, on_round=mark)
     return marks
+
+
+def _workshop(work: Work, data: FleetData) -> Workshop:
+    if work.processes > 1:
+        return Processes(data.devices, workers=work.processes)
+    return InProcess(data.devices)
