@@ -20,7 +20,7 @@ from federation.protocol.messages import INLINE_BYTES
 from twin.fitting import Absence, Part
 
 AT_ONCE_S = 1.0
-"""An update that comes so soon after its device's return was ready before it."""
+"""An update that comes so soon after its device's return, beside its way, was ready before it."""
 
 _PAGE = 5_000
 _RESTARTED = "the hub has restarted"
@@ -118,8 +118,9 @@ def observe(events: Iterable[EventRow], run: str) -> Observed:
 class _Device:
     """What is known of a device so far.
 
-    `cut_short` is the attempt that its absence interrupted. With `is_doubtful` nothing tells
-    whether its process has trained: it may have begun anew, and gone on with that attempt.
+    `cut_short` is the attempt that its absence interrupted. `way_s` is what its last training
+    took beside its loop. With `is_doubtful` nothing tells whether its process has trained: it
+    may have begun anew, and gone on with that attempt.
     """
 
     has_trained: bool = False
@@ -127,6 +128,7 @@ class _Device:
     away_since: float | None = None
     cut_short: tuple[int, str] | None = None
     back_at: float = -math.inf
+    way_s: float = 0.0
     last_absence: int | None = None
 
 
@@ -304,13 +306,17 @@ class _Watch:
         )
         self._on_late(event)
         self.open.discard((event.round, event.device))
+        seconds = _number(report.get("seconds"))
+        if part.is_whole and part.training_at is not None and seconds >= 0:
+            known = self.devices.setdefault(event.device, _Device())
+            known.way_s = max(event.at - part.training_at - seconds, 0.0)
 
     def _on_late(self, event: EventRow) -> None:
         """An update: if it was ready when its device came back, its process had lived on."""
         known = self.devices.get(event.device)
         if known is None or known.cut_short is None or known.away_since is not None:
             return
-        if event.at - known.back_at <= AT_ONCE_S and known.last_absence is not None:
+        if event.at - known.back_at <= AT_ONCE_S + known.way_s and known.last_absence is not None:
             lived_on = replace(self.absences[known.last_absence], is_restart=False)
             self.absences[known.last_absence] = lived_on
         known.cut_short, known.is_doubtful = None, False
