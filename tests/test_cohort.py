@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from edge_agent.trainer import fulfil, fulfil_all
 from federation.errors import ConfigError, HeadwaterError
 from federation.learning.cohort import Task, feed, train_cohort, training
+from federation.learning.cohort.shuffling import Shuffles
 from federation.learning.data import LocalData
 from federation.learning.methods import METHODS
 from federation.learning.models import initial_weights, input_shape
@@ -150,6 +151,16 @@ def test_a_cohort_is_its_clients(
 
     for mine, task in zip(found, tasks, strict=True):
         assert_close(mine, alone(task))
+
+
+@given(seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 5), count=st.integers(1, 200))
+def test_shuffles_are_those_of_numpy(seed: int, epoch: int, count: int) -> None:
+    """An order drawn for many clients at once is that of NumPy's own seeding."""
+    expected = np.random.default_rng([seed, epoch]).permutation(count)
+
+    found = Shuffles([0, seed], epoch + 1).order(1, count, epoch)
+
+    assert found.tolist() == expected.tolist()
 
 
 def a_mixed_cohort() -> list[Task]:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from federation.learning.cohort.shuffling import Shuffles
 from federation.learning.cohort.task import Member
-from federation.learning.training import batches
 
 LAID_OUT_BYTES = 1 << 25
 """So much is laid out at once, or one step where that is more."""
@@ -45,7 +45,13 @@ class Feed:
         """Begin with the first step of these members, those with the most steps first."""
         plan = members[0].task.plan
         self._members = members
-        self._orders = [batches(member.task.plan, member.samples) for member in members]
+        self._done = 0
+        seeds = [member.task.plan.seed for member in members]
+        epochs = max(
+            math.ceil(member.steps / math.ceil(member.samples / plan.batch_size))
+            for member in members
+        )
+        self._shuffles = Shuffles(seeds, epochs)
         self._x = [member.task.data.x.reshape(member.samples, -1) for member in members]
         self.width = min(plan.batch_size, max(member.samples for member in members))
         entries = self._x[0].shape[1]
@@ -71,25 +77,35 @@ class Feed:
     def _chunk(self, active: int, count: int) -> Iterator[Batch]:
         for row in range(active):
             self._lay_out(row, count)
+        self._done += count
         sizes = torch.from_numpy(self._sizes[:active, :count].copy()).to(self._device)
-        widths = self._sizes[:active, :count].max(0)
+        widths = self._sizes[:active, :count].max(0).tolist()
         within = torch.arange(self.width, device=self._device) < sizes[..., None]
         shares = within / sizes[..., None]
         x = torch.from_numpy(self._samples[:active, :count]).to(self._device)
         labels = torch.from_numpy(self._labels[:active, :count]).to(self._device)
-        for step in range(count):
-            width = int(widths[step])
+        for step, width in enumerate(widths):
             yield Batch(
                 x[:, step, :width], labels[:, step, :width], shares[:, step, :width], sizes[:, step]
             )
 
     def _lay_out(self, row: int, count: int) -> None:
-        index, data = self._index[row, :count], self._members[row].task.data
-        for step in range(count):
-            chosen = next(self._orders[row])
-            index[step, : len(chosen)] = chosen
-            index[step, len(chosen) :] = chosen[0]
-            self._sizes[row, step] = len(chosen)
+        member = self._members[row]
+        batch, index, sizes = member.task.plan.batch_size, self._index[row], self._sizes[row]
+        each, start = math.ceil(member.samples / batch), 0
+        while start < count:
+            epoch, place = divmod(self._done + start, each)
+            stop = min(count, start + each - place)
+            order = self._shuffles.order(row, member.samples, epoch)
+            chosen = order[place * batch : (place + stop - start) * batch]
+            # Where a batch is larger than any member's data, an epoch is one step: so here too
+            # one sample follows the other.
+            room = index[start:stop].reshape(-1)
+            room[: len(chosen)] = chosen
+            room[len(chosen) :] = order[0]
+            sizes[start:stop] = batch
+            sizes[stop - 1] = len(chosen) - (stop - start - 1) * batch
+            start = stop
         # With mode "raise" NumPy would go through a buffer; these indices are in range.
-        np.take(self._x[row], index, axis=0, out=self._samples[row, :count], mode="clip")
-        np.take(data.y, index, out=self._labels[row, :count], mode="clip")
+        np.take(self._x[row], index[:count], axis=0, out=self._samples[row, :count], mode="clip")
+        np.take(member.task.data.y, index[:count], out=self._labels[row, :count], mode="clip")
