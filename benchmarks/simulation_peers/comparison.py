@@ -131,7 +131,8 @@ def compare(
     imports: dict[str, list[tuple[float, float]]] = {driver.name: [] for driver in drivers}
     for block in range(blocks):
         for driver in drivers if NOOP in cases else ():
-            import_torch(driver)  # Once more than is timed, for the disk's sake.
+            if not options.is_quick:
+                import_torch(driver)  # Once more than is timed, for the disk's sake.
             imports[driver.name].append(import_torch(driver))
         for case in cases:
             for driver in drivers:
