@@ -1,6 +1,5 @@
 """Many clients trained side by side, beside one after another in a bare PyTorch loop."""
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +63,8 @@ def measure(options: Options) -> list[Claim]:
 
     The two take turns on the same clients, models and steps; on the CPU what counts is CPU time.
     The bound is what the multiplications alone would take at the rate of a large matrix product,
-    measured in the same run. The same on a GPU where torch finds one, in wall time.
+    measured in the same run. Both keep the memory they free, as `train_cohort` has it kept. The
+    same on a GPU where torch finds one, in wall time.
     """
     with torch_threads(1):
         claims = _on_device(options, "cpu", CPU_CASES, time.process_time)
@@ -82,12 +82,12 @@ def _on_device(
     claims = [claim(f"{device}: matrix product", rate / 1e9, "GFLOP/s")]
     for case in cases:
         options.tell(f"{device}: {case.clients} x {case.name}")
-        claims += _claims(case, device, rate, clock, rounds=3 if options.is_quick else 15)
+        claims += _claims(case, device, rate, clock, patience_s=2.0 if options.is_quick else 20.0)
     return claims
 
 
 def _claims(
-    case: Case, device: str, rate: float, clock: Callable[[], float], rounds: int
+    case: Case, device: str, rate: float, clock: Callable[[], float], patience_s: float
 ) -> list[Claim]:
     weights = initial_weights(case.model, 0)
     data = _data(case)
@@ -107,7 +107,7 @@ def _claims(
     def bare() -> None:
         _bare_loop(model, case, weights, data, plans[0].learning_rate)
 
-    ours_s, bare_s = _take_turns((ours, bare), clock, rounds)
+    ours_s, bare_s = _take_turns((ours, bare), clock, patience_s)
     name = f"{device}: {case.clients} x {case.name}"
     unit = "CPU ms" if device == "cpu" else "ms"
     bound_s = 2 * _macs_of_epoch(case) / rate
@@ -138,15 +138,18 @@ def _claims(
 
 
 def _take_turns(
-    trainings: tuple[Callable[[], None], ...], clock: Callable[[], float], rounds: int
+    trainings: tuple[Callable[[], None], ...], clock: Callable[[], float], patience_s: float
 ) -> list[float]:
-    """The median seconds of each, which take turns; a first time is not counted."""
+    """The median seconds of each; they take turns, thrice or as often as there is patience.
+
+    A first time is not counted.
+    """
     spent: list[list[float]] = [[] for _ in trainings]
     for each in trainings:
         each()
-    for _ in range(rounds):
+    until = time.monotonic() + patience_s
+    while len(spent[0]) < 3 or time.monotonic() < until:
         for seconds, each in zip(spent, trainings, strict=True):
-            gc.collect()
             began = clock()
             each()
             seconds.append(clock() - began)

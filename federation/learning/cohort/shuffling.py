@@ -16,7 +16,6 @@ _INIT_B, _MULT_B = 0x8B51F9DD, 0x58F38DED
 _MIX_L, _MIX_R = 0xCA01F9DD, 0x4973F715
 _PCG_MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645
 _WORD, _LONG = 2**32 - 1, 2**128 - 1
-_POOL = 4
 
 
 class Shuffles:
@@ -50,38 +49,33 @@ def _seed_words(seeds: NDArray[np.uint64], epochs: int) -> NDArray[np.uint64]:
     zero = np.zeros(shape, np.uint32)
     # A seed below 2^32 is one word, a larger one two.
     is_long = high > 0
+    zero = np.zeros(shape, np.uint32)
     entropy = [low, np.where(is_long, high, epoch), np.where(is_long, epoch, zero), zero]
-    words = _generated(_mixed(entropy), 2 * _POOL)
-    pairs = [lo.astype(np.uint64) | hi.astype(np.uint64) << np.uint64(32) for lo, hi in words]
-    return np.stack(pairs, -1)
+    pool = _mixed(np.stack(entropy))
+    words = _hashed(np.concatenate((pool, pool)), _constants(_INIT_B, _MULT_B, 9))
+    wide = words.astype(np.uint64)
+    return np.moveaxis(wide[0::2] | wide[1::2] << np.uint64(32), 0, -1)
 
 
-def _mixed(entropy: list[NDArray[np.uint32]]) -> list[NDArray[np.uint32]]:
-    constant = _INIT_A
-
-    def hashed(value: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        nonlocal constant
-        value = value ^ np.uint32(constant)
-        constant = constant * _MULT_A & _WORD
-        value = value * np.uint32(constant)
-        return value ^ value >> np.uint32(16)
-
-    pool = [hashed(word) for word in entropy]
-    for source in range(_POOL):
-        for target in range(_POOL):
-            if source != target:
-                mixed = pool[target] * np.uint32(_MIX_L) - hashed(pool[source]) * np.uint32(_MIX_R)
-                pool[target] = mixed ^ mixed >> np.uint32(16)
+def _mixed(pool: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Every word of the pool, (4, ...), stirred into every other."""
+    constants = _constants(_INIT_A, _MULT_A, 17)
+    pool = _hashed(pool, constants[:5])
+    for source in range(4):
+        others = [target for target in range(4) if target != source]
+        start = 4 + 3 * source
+        stirred = _hashed(np.stack([pool[source]] * 3), constants[start : start + 4])
+        mixed = pool[others] * np.uint32(_MIX_L) - stirred * np.uint32(_MIX_R)
+        pool[others] = mixed ^ mixed >> np.uint32(16)
     return pool
 
 
-def _generated(
-    pool: list[NDArray[np.uint32]], count: int
-) -> list[tuple[NDArray[np.uint32], NDArray[np.uint32]]]:
-    constant, words = _INIT_B, []
-    for at in range(count):
-        value = pool[at % _POOL] ^ np.uint32(constant)
-        constant = constant * _MULT_B & _WORD
-        value = value * np.uint32(constant)
-        words.append(value ^ value >> np.uint32(16))
-    return list(zip(words[::2], words[1::2], strict=True))
+def _hashed(words: NDArray[np.uint32], constants: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Each of n words with its constant, of n + 1, and the one after it."""
+    mixed = (words ^ constants[:-1, None, None]) * constants[1:, None, None]
+    return mixed ^ mixed >> np.uint32(16)
+
+
+def _constants(first: int, factor: int, count: int) -> NDArray[np.uint32]:
+    powers = [first * pow(factor, power, 2**32) & _WORD for power in range(count)]
+    return np.array(powers, np.uint32)

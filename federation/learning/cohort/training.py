@@ -8,17 +8,20 @@ What remains goes through `train_locally`, one after another: `exact`, plans wit
 whatever a group refuses, so that each of its tasks says what is wrong with it.
 
 Measured on one thread of an AVX2 machine that was busy with other work (AMD EPYC, torch 2.13),
-in ms of CPU, beside a bare loop (one model, load weights, SGD, copy weights out); x1 is the
-stack with one row, that is one model whose weights are swapped:
+least of several, in ms of CPU, beside a bare loop (one model, load weights, SGD, copy weights
+out). With one row a stack is one model whose weights are swapped:
 
-    10 x 64-64-10, 2 steps of 8            bare  13   x1  40   side by side   3.5
-    100 of these                           bare 109            side by side    14
-    10 x CNN of 28x28 (114k), 3 of 20      bare 433   x1 342   side by side   238
-    10 x CNN of windows (33k), 2 of 32     bare 124   x1 134   side by side    71
-    4 x fedlp_cnn 32x32 (85k), 2 of 20     bare 162   x1 177   side by side   148
-    10 x 784-1000-10 (795k), 2 of 32       bare  92   x1 100   side by side    93
+    10 x 64-64-10, 2 steps of 8          bare  13                side by side   3.3
+    100 of these                         bare 101   one row 209  side by side  10
+    10 x CNN of 28x28 (114k), 3 of 20    bare 338   one row 259  side by side 226
+    10 x CNN of windows (33k), 2 of 32   bare 124   one row 134  side by side  71
+    4 x fedlp_cnn 32x32 (85k), 2 of 20   bare 162   one row 177  side by side 148
+    10 x 784-1000-10 (795k), 2 of 32     bare  92   one row 100  side by side  93
 
-So more rows are never worse, and one row alone is only worth it for large images.
+So more rows are never worse, and there is one row only where one task is all there is. The CNN
+takes 1.3 to 1.6 times what its multiplications take in a large matrix product: `benchmarks.cohort`
+prints that bound.
+
 Objectives are written for K devices by hand and not through `torch.func`: they add to gradients
 in place, and some look at data before they decide what they are.
 """
