@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO
 
@@ -142,6 +142,7 @@ def fulfil_all(
     exact: bool = False,
     accelerator: str = "auto",
     threads: int = 1,
+    in_place: bool = False,
 ) -> list[Trained]:
     """What `fulfil` gives for each of these jobs, in their order; they are trained together.
 
@@ -153,22 +154,20 @@ def fulfil_all(
         exact: give the very bits of `fulfil`; otherwise weights agree to 1e-5.
         accelerator: "cpu", "cuda", or "auto": CUDA where torch finds it.
         threads: how many cores torch may use.
+        in_place: leave updates where they are, if whoever takes them shares this memory.
 
     Raises:
         ConfigError: an accelerator that is not there.
     """
     from federation.learning.cohort import Task, train_cohort
 
-    bases: dict[bytes, Weights] = {}
     tasks: dict[int, Task] = {}
     done: dict[int, Trained] = {}
     for place, (assignment, base, data, memory) in enumerate(jobs):
         try:
-            if base not in bases:
-                bases[base] = decode(base)
             kept = decode(memory) if memory else {}
             samples = training_part(data, assignment.plan)
-            tasks[place] = Task(bases[base], samples, assignment.plan, kept)
+            tasks[place] = Task(_decoded(base), samples, assignment.plan, kept)
         except HeadwaterError as error:
             done[place] = Trained(assignment.attempt, failure=str(error))
     results = train_cohort(
@@ -179,10 +178,16 @@ def fulfil_all(
         try:
             if isinstance(result, HeadwaterError):
                 raise result
-            done[place] = _answer(assignment, task.weights, task.memory, result)
+            done[place] = _answer(assignment, task.weights, task.memory, result, in_place=in_place)
         except HeadwaterError as error:
             done[place] = Trained(assignment.attempt, failure=str(error))
     return [done[place] for place in range(len(jobs))]
+
+
+@lru_cache(maxsize=2)
+def _decoded(base: bytes) -> Weights:
+    """The tensors of a base that many ask for one after the other; nobody changes them."""
+    return decode(base)
 
 
 def _train(
@@ -203,11 +208,18 @@ def _train(
 
 
 def _answer(
-    assignment: Assignment, weights: Weights, kept: Weights, result: LocalResult
+    assignment: Assignment,
+    weights: Weights,
+    kept: Weights,
+    result: LocalResult,
+    *,
+    in_place: bool = False,
 ) -> Trained:
     """The letter's worth of a training: the update as the plan wants it, and what stays here."""
     plan, missed = assignment.plan, within(kept, RESIDUAL)
-    update, residual = pack_update(result.weights, weights, plan, missed, result.state)
+    update, residual = pack_update(
+        result.weights, weights, plan, missed, result.state, in_place=in_place
+    )
     left = {**result.memory, **{f"{RESIDUAL}/{name}": part for name, part in residual.items()}}
     return Trained(
         assignment.attempt,

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -52,8 +53,10 @@ class Diary:
         """Joules and seconds of training that the devices of the last round took."""
         return self._account
 
-    def close(self) -> None:
-        """Write what is still to be written."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         width = min(len(self._world.devices), MAX_PICTURED)
         pictures = np.array(self._pictures, np.uint8).reshape(-1, width)

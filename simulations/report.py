@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import msgspec
 
@@ -31,6 +31,15 @@ from federation.protocol.messages import ModelSpec
 
 LAST_ROUNDS = 10
 """What a run came to is read from so many rounds at its end."""
+
+
+Remember: TypeAlias = Callable[[str, Callable[[], bytes]], bytes]
+"""The value of a key, made only if it is not known."""
+
+
+def at_once(_key: str, make: Callable[[], bytes]) -> bytes:
+    """Remembers nothing."""
+    return make()
 
 
 class Drop(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,8 +122,9 @@ class Ledger:
         log: IO[bytes] | None = None,
         on_round: Callable[[RoundResult], None] | None = None,
         spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
+        remember: Remember = at_once,
     ) -> None:
-        self._spent = spent
+        self._spent, self._remember = spent, remember
         self.rounds: list[RoundResult] = []
         self.updates = self.letters_refused = 0
         self.refused: Counter[str] = Counter()
@@ -153,8 +163,12 @@ class Ledger:
         """Accuracy (0 to 1) and mean loss (nats) of encoded weights on the held-out data."""
         from federation.learning.evaluation import evaluate
 
-        tally = evaluate(self._spec, codec.decode(model), self._held_out)
-        return tally.accuracy, tally.mean_loss
+        def measure() -> bytes:
+            tally = evaluate(self._spec, codec.decode(model), self._held_out)
+            return msgspec.json.encode((tally.accuracy, tally.mean_loss))
+
+        found = self._remember(f"accuracy of {codec.digest_of(model)}", measure)
+        return msgspec.json.decode(found, type=tuple[float, float])
 
     def _close(self, fact: RoundClosed) -> None:
         if self._opened is None:

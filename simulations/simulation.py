@@ -29,6 +29,7 @@ from simulations.report import (
     Result,
     RoundResult,
     as_json,
+    at_once,
     drop_reasons,
     outcome_of,
     versions,
@@ -36,7 +37,8 @@ from simulations.report import (
 )
 from simulations.scenario import Scenario
 from simulations.workshop.in_process import InProcess
-from simulations.workshop.job import Workshop
+from simulations.workshop.job import Trainer, Workshop
+from simulations.workshop.remembered import Remembered
 from simulations.world import World
 
 
@@ -58,6 +60,8 @@ def simulate(
     and model files. `seed` replaces the scenario's; the run keeps its own. `cache` is where data
     sets are kept; with `data`, those of `fleet_data`, it is not looked at. Devices train in the
     `workshop`, which is the caller's to close, or in one made for this.
+    One that remembers is told of the models' accuracies, too, and a run that is begun again
+    measures none a second time.
 
     Raises:
         ConfigError: a scenario that cannot be, or a folder that cannot be written to.
@@ -70,17 +74,23 @@ def simulate(
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "partition.json").write_bytes(as_json(manifest(scenario.fleet, data)))
-        with (out / "events.jsonl").open("wb") as log, _hub_record(scenario, out) as record:
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context((out / "events.jsonl").open("wb"))
+            record = stack.enter_context(_hub_record(scenario, out))
             presence = presence_of(scenario.availability, len(data.devices), seed)
             world = build_world(scenario, data, presence, workshop=bench, record=record)
-            diary = Diary(out, world, presence)
+            diary = stack.enter_context(Diary(out, world, presence))
             ledger = Ledger(
-                scenario.run, data.held_out, log=log, on_round=on_round, spent=diary.spent
+                scenario.run,
+                data.held_out,
+                log=log,
+                on_round=on_round,
+                spent=diary.spent,
+                remember=bench.remember if isinstance(bench, Remembered) else at_once,
             )
             world.watch(ledger.observe)
             initial, _ = ledger.accuracy_of(world.model)
             world.run(scenario.limit_s)
-            diary.close()
         (out / "model.safetensors").write_bytes(world.model)
     except OSError as error:
         raise ConfigError(
@@ -96,10 +106,16 @@ def simulate(
 
 def workshop_for(scenario: Scenario, data: FleetData) -> Workshop:
     """Where this scenario's devices train, if nobody says otherwise: in this process."""
-    liars_at = liars(scenario.attack, list(data.devices), scenario.seed)
-    if scenario.attack.kind != "none":
-        return InProcess(data.devices, train=attacking(fulfil, scenario.attack, liars_at))
-    return InProcess(data.devices)
+    train = trainer_of(scenario, data)
+    return InProcess(data.devices, train=train, in_place=scenario.shares_memory)
+
+
+def trainer_of(scenario: Scenario, data: FleetData) -> Trainer | None:
+    """What trains in place of the usual, where some devices lie; None where none does."""
+    if scenario.attack.kind == "none":
+        return None
+    names = list(data.devices)
+    return attacking(fulfil, scenario.attack, liars(scenario.attack, names, scenario.seed))
 
 
 def build_world(

@@ -112,4 +112,4 @@ def run(work: Work) -> Marks:
 def _workshop(work: Work, data: FleetData) -> Workshop:
     if work.processes > 1:
         return Processes(data.devices, workers=work.processes)
-    return InProcess(data.devices)
+    return InProcess(data.devices, in_place=True)

@@ -20,6 +20,8 @@ class InProcess(Grouped):
         rule: how jobs are cut into cohorts. With `exact` or `train` it decides no bit.
         accelerator: "cpu", "cuda", or "auto": CUDA where torch finds it. What is trained there
             agrees with other workshops to 1e-5.
+        in_place: updates stay as tensors: for a world that shares its memory with its devices,
+            and keeps no journal.
     """
 
     def __init__(
@@ -30,8 +32,11 @@ class InProcess(Grouped):
         train: Trainer | None = None,
         rule: CohortRule | None = None,
         accelerator: str = "cpu",
+        in_place: bool = False,
     ) -> None:
-        manner = manner_of(exact=exact, train=train, rule=rule, accelerator=accelerator)
+        manner = manner_of(
+            exact=exact, train=train, rule=rule, accelerator=accelerator, in_place=in_place
+        )
         super().__init__(_Here(data, manner), data, manner)
 
 

@@ -51,6 +51,7 @@ def manner_of(
     train: Trainer | None,
     rule: CohortRule | None,
     accelerator: str = "cpu",
+    in_place: bool = False,
 ) -> Manner:
     """The manner of a workshop.
 
@@ -60,14 +61,17 @@ def manner_of(
         rule: how jobs are cut into cohorts (none: as is quickest). With `exact` or `train` it
             decides no bit.
         accelerator: "cpu", "cuda", or "auto": CUDA where torch finds it.
+        in_place: updates stay in this process, as tensors.
     """
     if train is not None:
         return Manner(one_by_one(train), rule or ALONE, "each by itself")
     if exact:
-        return Manner(partial(fulfil_all, exact=True, accelerator="cpu"), rule or EACH, "exactly")
+        alone = partial(fulfil_all, exact=True, accelerator="cpu", in_place=in_place)
+        return Manner(alone, rule or EACH, "exactly")
     device = _resolved(accelerator)
     usual = TOGETHER if device == "cpu" else WIDE
-    return Manner(partial(fulfil_all, accelerator=device), rule or usual, f"together on {device}")
+    together = partial(fulfil_all, accelerator=device, in_place=in_place)
+    return Manner(together, rule or usual, f"together on {device}")
 
 
 def _resolved(accelerator: str) -> str:
