@@ -25,6 +25,7 @@ class ChannelsFirst(nn.Module):
     """Turns windows (N, length, channels), as sensors write them, for `Conv1d`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, length, channels) to (N, channels, length)."""
         return x.transpose(1, 2)
 
 
