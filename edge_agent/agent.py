@@ -254,7 +254,9 @@ class Agent:
         self._note(AssignmentKept(letter))
         for digest in self._fetching.set_aside - {letter.base.digest}:
             self._drop_content(digest)
-        self._event(letter.attempt, "accepted")
+        if letter.inline is None or self._outgoing.owes_memory(letter.run):
+            # Else it trains at once, and saying so says that it has accepted.
+            self._event(letter.attempt, "accepted")
         self._fetch(letter)
 
     def _objection(self, letter: m.Assignment) -> str:

@@ -36,6 +36,10 @@ class Clock:
         return self._due[0][0] if self._due else _NEVER
 
 
+def _do_nothing() -> None:
+    pass
+
+
 class Alarm:
     """A time to wake at; setting it replaces the time before, as `WakeAt` does.
 
@@ -59,6 +63,11 @@ class Alarm:
     def cancel(self) -> None:
         """Do not act."""
         self._at = _NEVER
+
+    def retire(self) -> None:
+        """Never act again, and let go of whoever would."""
+        self._at = _NEVER
+        self._action = _do_nothing
 
     def _look(self, planned_at: float) -> None:
         if planned_at != self._looks_at:

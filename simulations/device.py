@@ -64,8 +64,6 @@ class Surroundings:
 @dataclass(slots=True)
 class _Training:
     assignment: m.Assignment
-    base: bytes
-    memory: bytes
     began_at: float
     done_s: float
     lasts_s: float
@@ -177,10 +175,6 @@ class Device:
         return capability(self.model.level)
 
     @property
-    def _is_on(self) -> bool:
-        return self.agent is not None
-
-    @property
     def is_training(self) -> bool:
         """Whether a training is under way."""
         return self._training is not None
@@ -257,9 +251,11 @@ class Device:
                 return
         if self._on_idle is not None and self._is_idle:
             self._charge(self.meter.read(self._world.bus.traffic(self.name)))
-            if self._is_on:  # Paying for its letters may have emptied the battery.
-                self._alarm.cancel()
+            if self._has_power():  # Paying for its letters may have emptied the battery.
                 self._on_idle(self)
+                # Nobody knows it any more; without these it would be a cycle, and stay a while.
+                self._alarm.retire()
+                self._connection = None
 
     @property
     def _is_idle(self) -> bool:
@@ -307,7 +303,7 @@ class Device:
         saved_for, saved_s = self._checkpoint
         done_s = saved_s if saved_for == assignment.attempt else 0.0
         self._world.workshop.begin(Job(self.place, self.name, assignment, base, memory))
-        training = _Training(assignment, base, memory, self._now, done_s, lasts_s)
+        training = _Training(assignment, self._now, done_s, lasts_s)
         self._training = training
         clock = self._world.clock
         if self.traps:
@@ -319,7 +315,7 @@ class Device:
             return
         self._training = None
         self._account(training)
-        if not self._is_on:
+        if not self._has_power():
             self._world.workshop.drop(training.assignment.attempt)
             return  # Its battery was empty at last.
         trained = self._world.workshop.result(training.assignment.attempt)
@@ -327,6 +323,9 @@ class Device:
             report = msgspec.structs.replace(trained.report, seconds=training.lasts_s)
             trained = dataclasses.replace(trained, report=report)
         self._hand_in(trained)
+
+    def _has_power(self) -> bool:
+        return self.agent is not None
 
     def _hand_in(self, trained: Trained) -> None:
         if self.agent is not None:

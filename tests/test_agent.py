@@ -247,7 +247,6 @@ def test_a_new_assignment_replaces_the_one_in_hand():
     said = [(event.attempt, event.event) for event in desk.take(m.TaskEvent)]
     assert said == [
         (ATTEMPT, "cancelled"),
-        ("run_4_dev", "accepted"),
         ("run_4_dev", "training"),
     ]
 

@@ -115,7 +115,6 @@ def near(figure: Figure | None, low: float, high: float) -> bool:
 def test_fitting_gives_back_the_physics_of_a_simulated_fleet(tmp_path: Path) -> None:
     """What a fleet was simulated with is found again in its hub's record, device by device."""
     models = {name: device_of(step_s) for name, step_s in PACES_S.items()}
-
     seen = simulated(tmp_path / "hub", models, lambda _: None)
 
     fits = fit_fleet(seen.parts, seen.absences)

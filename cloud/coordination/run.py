@@ -4,6 +4,7 @@ import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -40,6 +41,7 @@ def attempt_id(run: str, number: int, device: str) -> str:
     return f"{run}_{number}_{device}"
 
 
+@lru_cache(maxsize=16_384)
 def parse_attempt(attempt: str) -> tuple[str, int, str] | None:
     """Run, round and device of an attempt; None where it is not one of ours.
 

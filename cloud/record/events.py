@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -23,6 +23,11 @@ MAX_ID = 200
 
 MAX_MODELS = 32
 """So many of the models a device names are recorded."""
+
+_FIELDS = {
+    kind.__name__: tuple(field.name for field in dataclasses.fields(kind))
+    for kind in get_args(f.HubFact)
+}
 
 _UNWRITABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -62,15 +67,10 @@ def event_of(fact: f.HubFact) -> dict[str, Any]:
 
 
 def _fields(fact: f.HubFact) -> Iterator[tuple[str, Any]]:
-    for name in _names_of(type(fact)):
+    for name in _FIELDS[type(fact).__name__]:
         value = getattr(fact, name)
         if not isinstance(value, bytes):
             yield name, value
-
-
-@cache
-def _names_of(kind: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 @cache

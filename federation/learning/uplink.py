@@ -18,6 +18,7 @@ from federation.learning.layers import choose_layers, method_part, model_part
 from federation.learning.submodel import leading_slice
 from federation.protocol.codec import (
     Weights,
+    check_form,
     check_part,
     check_tensor,
     check_update,
@@ -92,6 +93,9 @@ def pack_update(
         name: _wanted(name, shared[name], origin[name], owed.get(name), plan.uplink)
         for name in shared
     }
+    if not in_place:
+        for name, tensor in wanted.items():
+            check_tensor(name, tensor, origin[name])
     sent = choose_layers(wanted, plan.layers)
     data = _packed({**sent, **state}, plan, in_place=in_place)
     if not plan.uplink.residual:
@@ -172,7 +176,7 @@ def _wanted(
     uplink: Uplink,
 ) -> NDArray[np.float32]:
     """What the device would say of a tensor if it could say all of it."""
-    check_tensor(name, trained, origin)
+    check_form(name, trained, origin)
     wanted = _finite(name, np.subtract, trained, origin) if uplink.delta else trained
     if owed is None or owed.shape != wanted.shape:
         return wanted
