@@ -15,15 +15,12 @@ from cloud.coordination.run import parse_attempt
 from edge_agent.agent import Agent
 from edge_agent.facts import AgentFact, Held
 from edge_agent.peering import Machine, device_machine, neighbours_of
-from edge_agent.peering_trainer import carry_out
 from federation.errors import ProtocolError
-from federation.learning.data import LocalData
 from federation.protocol import messages as m
 from federation.protocol.effects import (
     Effect,
     Link,
     Mix,
-    Mixed,
     Record,
     Send,
     StopTraining,
@@ -33,32 +30,17 @@ from federation.protocol.effects import (
 )
 from federation.protocol.link import draw_backoff
 from federation.protocol.topics import device_filters, peer_filters
-from simulations.bus import Bus, Connection, Will
-from simulations.clock import Alarm, Clock
+from simulations.bus import Connection, Will
+from simulations.clock import Alarm
 from simulations.device_model import Member, capability
+from simulations.job_slot import JobSlot
 from simulations.meter import Meter
 from simulations.sealed import seal, unseal
+from simulations.surroundings import Surroundings
 from simulations.topic_tree import Payload
 from simulations.traps import Trap, phase_at
-from simulations.workshop.job import Job, Workshop
 
 _BACKOFF_S = (0.5, 60.0)
-
-
-Mixer = Callable[[Mix, LocalData], Mixed]
-"""Does what a `Mix` asks for: `edge_agent.peering_trainer.carry_out`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What all devices of one world share."""
-
-    clock: Clock
-    bus: Bus
-    namespace: str
-    workshop: Workshop
-    mix: Mixer = carry_out
-    hub_epoch: Callable[[], int] = lambda: 0
 
 
 @dataclass(slots=True)
@@ -78,7 +60,7 @@ class Device:
 
     __slots__ = (
         "_alarm", "_boot", "_checkpoint", "_connection", "_cut_until", "_failures",
-        "_has_left", "_on_idle", "_rng", "_training", "_world",
+        "_has_left", "_on_idle", "_rng", "_slot", "_training", "_world",
         "agent", "data", "epoch", "held", "meter", "model", "name", "place", "traps",
     )  # fmt: skip
 
@@ -100,6 +82,7 @@ class Device:
         self.traps: list[Trap] = []
         self.epoch, self.meter = epoch, Meter(member.model, member.data)
         self._world, self._rng, self._on_idle = world, rng, on_idle
+        self._slot = JobSlot(world.workshop, place, member.name)
         self._boot = self._failures = 0
         self._checkpoint: tuple[str, float] = ("", 0.0)
         self._cut_until = 0.0
@@ -138,6 +121,7 @@ class Device:
         self.agent = None
         self._boot += 1
         self._alarm.cancel()
+        self._slot.forget()
         if self._connection is not None:
             self._connection.die()
             self._connection = None
@@ -250,8 +234,9 @@ class Device:
             if self.traps and self._springs(effect, is_done=True):
                 return
         if self._on_idle is not None and self._is_idle:
-            self._charge(self.meter.read(self._world.bus.traffic(self.name)))
+            self.settle()
             if self._has_power():  # Paying for its letters may have emptied the battery.
+                self._slot.forget()
                 self._on_idle(self)
                 # Nobody knows it any more; without these it would be a cycle, and stay a while.
                 self._alarm.retire()
@@ -294,6 +279,14 @@ class Device:
 
     # Training -----------------------------------------------------------------------------
 
+    def expect(self, assignment: m.Assignment) -> None:
+        """An assignment is on its way here: a training that can only come may begin to wait."""
+        base, kept = assignment.inline, self.held.memory
+        if base is not None and not (self.held.updates or self.traps) and self._has_power():
+            memory = kept.data if kept is not None and kept.run == assignment.run else b""
+            if self.meter.fits(assignment.plan):
+                self._slot.expect(assignment, base, memory)
+
     def _begin_training(self, assignment: m.Assignment, base: bytes, memory: bytes) -> None:
         if not self.meter.fits(assignment.plan):
             full = Trained(assignment.attempt, failure="its memory is too small for this model")
@@ -302,7 +295,7 @@ class Device:
         lasts_s = self.meter.training_s(assignment.plan)
         saved_for, saved_s = self._checkpoint
         done_s = saved_s if saved_for == assignment.attempt else 0.0
-        self._world.workshop.begin(Job(self.place, self.name, assignment, base, memory))
+        self._slot.begin(assignment, base, memory)
         training = _Training(assignment, self._now, done_s, lasts_s)
         self._training = training
         clock = self._world.clock
@@ -316,9 +309,9 @@ class Device:
         self._training = None
         self._account(training)
         if not self._has_power():
-            self._world.workshop.drop(training.assignment.attempt)
+            self._slot.drop(training.assignment.attempt)
             return  # Its battery was empty at last.
-        trained = self._world.workshop.result(training.assignment.attempt)
+        trained = self._slot.result(training.assignment.attempt)
         if not trained.failure:
             report = msgspec.structs.replace(trained.report, seconds=training.lasts_s)
             trained = dataclasses.replace(trained, report=report)
@@ -338,7 +331,7 @@ class Device:
 
     def _break_off(self, training: _Training) -> None:
         self._training = None
-        self._world.workshop.drop(training.assignment.attempt)
+        self._slot.drop(training.assignment.attempt)
         self._account(training)
 
     def _account(self, training: _Training) -> None:
@@ -357,6 +350,10 @@ class Device:
     def _end_mixing(self, mix: Mix, boot: int) -> None:
         if boot == self._boot and self.agent is not None and not isinstance(self.agent, Agent):
             self._perform(self.agent.on_mixed(self._world.mix(mix, self.data), self._shown))
+
+    def settle(self) -> None:
+        """Bring the account of what was sent and received up to date, and pay for it."""
+        self._charge(self.meter.read(self._world.bus.traffic(self.name)))
 
     def _charge(self, joules: float) -> None:
         """Take energy from the battery; when that is empty, the device goes off."""

@@ -13,10 +13,11 @@ import numpy as np
 
 from cloud.coordination.coordinator import Coordinator
 from edge_agent.facts import Held
-from federation.protocol.messages import Capability
-from simulations.device import Device, Surroundings
+from federation.protocol.messages import Assignment, Capability
+from simulations.device import Device
 from simulations.device_model import Member, capability
 from simulations.meter import Spent
+from simulations.surroundings import Surroundings
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,11 @@ class Herd(Mapping[str, Device]):
 
         coordinator.fleet.register_all(sleepers())
 
+    def expect(self, name: str, assignment: Assignment) -> None:
+        """An assignment is on its way to this device."""
+        if name in self._places:
+            self[name].expect(assignment)
+
     def doze(self, device: Device) -> None:
         """Let a device sleep that has nothing to do."""
         name, place = device.name, device.place
@@ -140,7 +146,7 @@ class Herd(Mapping[str, Device]):
         spent = self._spent.pop(name, None) or Spent()
         device = self._awake.get(name)
         if device is not None:
-            device.meter.read(self._around.bus.traffic(name))
+            device.settle()
             spent.add(device.meter.take())
         return spent
 

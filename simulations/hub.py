@@ -1,6 +1,7 @@
 """The simulated hub: a coordinator's process, and the record that outlives it.
 
-`introduce` tells a coordinator that has just begun of the devices that sleep.
+`introduce` tells a coordinator that has just begun of the devices that sleep; `announce` is told
+of each assignment as it leaves.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ from federation.protocol.topics import hub_filters
 from simulations.bus import Connection, Will
 from simulations.clock import Alarm
 from simulations.conditions import Conditions
-from simulations.device import Surroundings
 from simulations.sealed import seal, unseal
+from simulations.surroundings import Surroundings
 from simulations.topic_tree import Payload
 from simulations.traps import Trap
 
@@ -79,6 +80,7 @@ class Hub:
     ) -> None:
         self.coordinator: Coordinator | None = None
         self.introduce: Callable[[Coordinator], None] = lambda _: None
+        self.announce: Callable[[str, m.Assignment], None] = lambda _device, _letter: None
         self.traps: list[Trap] = []
         self._plan, self._model = plan, model
         self._clock, self._bus, self._namespace = world.clock, world.bus, world.namespace
@@ -193,6 +195,8 @@ class Hub:
                 case Send(letter, device):
                     if self._connection is not None:
                         self._connection.publish(*self._sealed(letter, device))
+                        if isinstance(letter, m.Assignment):
+                            self.announce(device, letter)
                 case WakeAt(at):
                     self._alarm.set(at)
                 case _:

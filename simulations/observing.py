@@ -273,6 +273,8 @@ class _Watch:
             part = replace(part, accepted_at=event.at)
         elif status == "training" and part.training_at is None:
             part = replace(part, training_at=event.at)
+            if part.accepted_at is None:  # All rode within the letter: so it says one word.
+                part = replace(part, accepted_at=event.at)
             if part.accepted_at == event.at:  # Nothing was fetched: all rides within letters.
                 part = replace(part, down_chunks=0)
             known = self.devices[event.device]

@@ -23,8 +23,9 @@ from federation.protocol.messages import Assignment
 from simulations.attacks import noise, non_finite, sign_flipped
 from simulations.bus import Bus
 from simulations.clock import Clock
-from simulations.device import Device, Surroundings
+from simulations.device import Device
 from simulations.device_model import Member
+from simulations.surroundings import Surroundings
 from simulations.workshop.in_process import InProcess
 from simulations.workshop.job import Trainer
 from simulations.world import LONGEST_S, draws_of

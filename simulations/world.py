@@ -16,10 +16,10 @@ from cloud.coordination.facts import HubFact, RoundClosed, RunEnded
 from simulations.bus import Bus
 from simulations.clock import Clock
 from simulations.conditions import USUAL, Conditions
-from simulations.device import Surroundings
 from simulations.device_model import Member
 from simulations.herd import Herd, Population, awake
 from simulations.hub import UNRECORDED, Hub, HubRecord
+from simulations.surroundings import Surroundings
 from simulations.workshop.job import Workshop
 
 LONGEST_S = 10 * 365 * 86_400.0
@@ -92,6 +92,7 @@ class World:
         population = members if isinstance(members, Population) else awake(members)
         self.devices = Herd(population, around, partial(draws_of, conditions.seed))
         self.hub.introduce = self.devices.introduce
+        self.hub.announce = self.devices.expect
 
     def watch(self, observe: Callable[[HubFact], None]) -> None:
         """Tell this one, too, every fact that the hub has recorded."""

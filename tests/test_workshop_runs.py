@@ -63,7 +63,7 @@ def test_a_killed_simulation_goes_on_where_it_was(scenario, data, tmp_path):
     again = remembered()
 
     assert run(scenario, data, tmp_path / "out", again) == undisturbed
-    assert again.resumed == known.total() > 0
+    assert again.resumed >= known.total() > 0
     assert Counter((tmp_path / "trained").read_text().split()) == needed
 
 
