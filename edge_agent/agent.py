@@ -78,7 +78,7 @@ class Agent:
         self._rng = rng
         self._link = Link(is_up=False, epoch=0)
         self._max_payload = 0
-        self._hub_epoch = -1
+        self.hub_epoch = -1
         self._hub_is_online = False
         self._is_introduced = self._awaits_welcome = False
         self._deadline = float("inf")
@@ -116,7 +116,7 @@ class Agent:
         self._started_at = now
         self._heartbeat_at = now + self._settings.heartbeat_s
         self._link = Link(is_up=True, epoch=epoch)
-        self._hub_epoch, self._hub_is_online, self._is_introduced = hub_epoch, True, True
+        self.hub_epoch, self._hub_is_online, self._is_introduced = hub_epoch, True, True
         return self._finish(now)
 
     def on_link(self, link: Link, now: float) -> Effects:
@@ -131,7 +131,7 @@ class Agent:
 
     def on_message(self, envelope: m.Envelope, now: float) -> Effects:
         """A letter of the hub. What a hub said that has been replaced is void."""
-        if envelope.epoch >= self._hub_epoch:
+        if envelope.epoch >= self.hub_epoch:
             self._take(envelope, now)
         return self._finish(now)
 
@@ -206,8 +206,8 @@ class Agent:
     # What the hub says --------------------------------------------------------------------
 
     def _on_hub_state(self, epoch: int, letter: m.HubState, now: float) -> None:
-        has_restarted = epoch > self._hub_epoch or not self._hub_is_online
-        self._hub_epoch, self._hub_is_online = epoch, letter.online
+        has_restarted = epoch > self.hub_epoch or not self._hub_is_online
+        self.hub_epoch, self._hub_is_online = epoch, letter.online
         if not letter.online:
             return
         if not self._is_introduced:

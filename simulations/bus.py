@@ -172,7 +172,7 @@ class Connection:
                 clock.call_at(at, self._arrive, letter, at - clock.now)
 
     def _reach_broker(self, route: Route, payload: Payload) -> None:
-        if not self._is_cut:
+        if not self._is_cut and self._bus.is_up:
             self._bus.route(route, payload)
 
     def _arrive(self, letter: _Letter, delay_s: float) -> None:
@@ -194,12 +194,14 @@ class _Session:
     """What the broker keeps of a client while its link is away."""
 
     __slots__ = (
-        "connection", "doomed", "reads", "received_bytes", "sent_bytes", "under_way", "waiting",
+        "connection", "doomed", "filters", "reads", "received_bytes", "sent_bytes", "under_way",
+        "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.connection: Connection | None = None
         self.doomed: Connection | None = None
+        self.filters: dict[str, None] = {}
         self.reads = True
         self.waiting: deque[_Letter] = deque()
         self.under_way: deque[_Letter] = deque()
@@ -256,10 +258,12 @@ class Bus:
         on_lost: Callable[[str], None],
         will: Callable[[], Will] | None = None,
         quality: LinkQuality = PERFECT,
+        greets: bool = True,
     ) -> Connection | None:
         """Take over or begin the session of this client; None while the broker is down.
 
-        What waited in the session is delivered first, then what is retained.
+        What waited in the session is delivered first, then what is retained, unless the client
+        has heard that already.
         """
         if not self.is_up:
             return None
@@ -277,7 +281,8 @@ class Bus:
                 session.offer(letter)
         for name in filters:
             self._filters.add(name, session)
-            for route, payload in self._retained.matching(name):
+            session.filters[name] = None
+            for route, payload in self._retained.matching(name) if greets else ():
                 session.offer(_Letter(route.topic, payload, route.qos, float("inf")))
         return connection
 
@@ -308,8 +313,11 @@ class Bus:
         For the hub it is still there: no will is said, and nothing waits for it.
         """
         session = self._sessions.pop(client)
+        for name in session.filters:
+            self._filters.remove(name, session)
         if session.connection is not None:
             session.connection.is_open = False
+            session.connection = None
         return session.sent_bytes, session.received_bytes
 
     def detach(self, connection: Connection, detected_after_s: float) -> None:

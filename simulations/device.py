@@ -29,7 +29,7 @@ from federation.protocol.effects import (
     WakeAt,
 )
 from federation.protocol.link import draw_backoff
-from federation.protocol.topics import device_filters, peer_filters
+from federation.protocol.topics import device_filters, peer_filters, public_filter
 from simulations.bus import Connection, Will
 from simulations.clock import Alarm
 from simulations.device_model import Member, capability
@@ -108,11 +108,13 @@ class Device:
         What it says in getting there was said before it slept, so nobody hears it now.
         """
         self._boot += 1
-        self._open_link(())
+        is_linked = self._open_link([public_filter(self._world.namespace)], greets=False)
         agent = Agent(self.name, self._able, self.held, settings=self.model.settings, rng=self._rng)
         self.agent = agent
         for effect in agent.stand_by(self.epoch, hub_epoch, self._shown):
             self._carry_out(effect)
+        if not is_linked:
+            self._on_lost("broker is gone")
 
     def kill(self, away_s: float | None) -> None:
         """End the process at once; it is started again after `away_s`, or never."""
@@ -158,11 +160,6 @@ class Device:
     def _able(self) -> m.Capability:
         return capability(self.model.level)
 
-    @property
-    def is_training(self) -> bool:
-        """Whether a training is under way."""
-        return self._training is not None
-
     # Its link -----------------------------------------------------------------------------
 
     def _connect(self, boot: int) -> None:
@@ -181,7 +178,7 @@ class Device:
         self._failures = 0
         self._perform(self.agent.on_link(Link(is_up=True, epoch=self.epoch), self._shown))
 
-    def _open_link(self, filters: Sequence[str]) -> bool:
+    def _open_link(self, filters: Sequence[str], *, greets: bool = True) -> bool:
         epoch = self.epoch
         self._connection = self._world.bus.connect(
             self.name,
@@ -190,6 +187,7 @@ class Device:
             on_lost=self._on_lost,
             will=lambda: self._sealed(m.Presence(state="lost"), epoch),
             quality=self.model.quality,
+            greets=greets,
         )
         return self._connection is not None
 
@@ -233,6 +231,10 @@ class Device:
             self._carry_out(effect)
             if self.traps and self._springs(effect, is_done=True):
                 return
+        self.rest()
+
+    def rest(self) -> None:
+        """Sleep, where it may and has nothing to do."""
         if self._on_idle is not None and self._is_idle:
             self.settle()
             if self._has_power():  # Paying for its letters may have emptied the battery.
@@ -248,6 +250,7 @@ class Device:
         return (
             isinstance(agent, Agent)
             and agent.is_idle
+            and agent.hub_epoch == self._world.hub_epoch()
             and not self.traps
             and connection is not None
             and connection.is_quiet

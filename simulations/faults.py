@@ -1,9 +1,8 @@
 """What goes wrong in a scenario, done to a world: at set times, at phases, or at random."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from cloud.coordination.facts import HubFact, RoundOpened
 from federation.errors import ConfigError
 from simulations.failures import Failures
 from simulations.scenario import (
@@ -17,21 +16,17 @@ from simulations.scenario import (
     Leave,
     Scenario,
 )
+from simulations.trapping import Trapper
 from simulations.traps import Trap
 from simulations.world import World, draws_of
 
 
 def arrange_faults(scenario: Scenario, world: World, seed: int) -> None:
-    """Let everything in the scenario go wrong, each at its time.
-
-    Raises:
-        ConfigError: a fault names a device that the fleet does not have.
-    """
+    """Let everything in the scenario go wrong, each at its time."""
     for fault in scenario.faults:
-        _check_names(fault, world)
         _arrange(fault, world)
     churn, rng = scenario.churn, draws_of(seed, "churn")
-    victims = sorted(world.devices)
+    victims = sorted(world.devices) if churn.kill_every_s or churn.cut_every_s else []
     _at_random(
         world, churn.kill_every_s, rng, lambda away_s: _kill_any(world, victims, rng, away_s), churn
     )
@@ -46,15 +41,14 @@ def arrange_faults(scenario: Scenario, world: World, seed: int) -> None:
         lambda away_s: world.restart_broker(away_s, forgets=rng.random() < 0.5),
         churn,
     )
-    if scenario.failures.chance > 0:
-        world.watch(_failing(world, Failures(scenario.failures, seed)))
+    kills = [fault for fault in scenario.faults if isinstance(fault, Kill) and fault.at_s is None]
+    if kills or scenario.failures.chance > 0:
+        Trapper(world, kills, Failures(scenario.failures, seed))
 
 
 def _arrange(fault: Fault, world: World) -> None:
     at = world.clock.call_at
     match fault:
-        case Kill(at_s=None, phase=str() as phase):
-            world.devices[fault.device].traps.append(Trap(phase, fault.round, fault.away_s))
         case Kill(at_s=float() as at_s):
             at(at_s, lambda: world.devices[fault.device].kill(fault.away_s))
         case Cut():
@@ -83,21 +77,27 @@ def _leave(world: World, device: str) -> None:
     world.devices[device].leave()
 
 
-def _check_names(fault: Fault, world: World) -> None:
-    match fault:
-        case Kill() | LateJoin() | Leave():
-            named: tuple[str, ...] = (fault.device,)
-        case Cut():
-            named = tuple(name for name in fault.devices if name != "hub")
-        case _:
-            named = ()
-    for name in named:
-        if name not in world.devices:
-            known = sorted(world.devices)
-            raise ConfigError(
-                f"a fault names device {name!r}; the fleet has {known[0]} to {known[-1]}: "
-                "correct the scenario"
-            )
+def check_names(scenario: Scenario, devices: Collection[str]) -> None:
+    """Refuse faults that befall nobody.
+
+    Raises:
+        ConfigError: one names a device that the fleet does not have.
+    """
+    for fault in scenario.faults:
+        match fault:
+            case Kill() | LateJoin() | Leave():
+                named: tuple[str, ...] = (fault.device,)
+            case Cut():
+                named = tuple(name for name in fault.devices if name != "hub")
+            case _:
+                named = ()
+        for name in named:
+            if name not in devices:
+                known = sorted(devices)
+                raise ConfigError(
+                    f"a fault names device {name!r}; the fleet has {known[0]} to {known[-1]}: "
+                    "correct the scenario"
+                )
 
 
 def _at_random(
@@ -124,18 +124,3 @@ def _kill_any(world: World, victims: list[str], rng: random.Random, away_s: floa
 
 def _cut_any(world: World, victims: list[str], rng: random.Random, away_s: float) -> None:
     world.devices[rng.choice(victims)].cut(away_s, is_silent=rng.random() < 0.5)
-
-
-def _failing(world: World, failures: Failures) -> Callable[[HubFact], None]:
-    places = {name: place for place, name in enumerate(world.devices)}
-
-    def on_fact(fact: HubFact) -> None:
-        if not isinstance(fact, RoundOpened):
-            return
-        for entry in fact.attempts:
-            traps = world.devices[entry.device].traps
-            traps[:] = [trap for trap in traps if trap.round in (0, fact.round)]
-            if failure := failures.failure_of(places[entry.device], fact.round):
-                traps.append(Trap(failure.phase, fact.round, failure.away_s))
-
-    return on_fact

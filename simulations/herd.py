@@ -92,6 +92,10 @@ class Herd(Mapping[str, Device]):
         """How many devices do not sleep now."""
         return len(self._awake)
 
+    def if_awake(self, name: str) -> Device | None:
+        """A device, if it does not sleep."""
+        return self._awake.get(name)
+
     def place_of(self, name: str) -> int:
         """The index of a device in the fleet's order."""
         return self._places[name]
@@ -100,6 +104,11 @@ class Herd(Mapping[str, Device]):
         """Tell a hub that has just begun of those who sleep: the others say their own birth."""
         if not self._population.sleeps:
             return
+        # Whoever has a part in the open round must be heard of again: it says a birth of its own.
+        opened = coordinator.run.round if coordinator.run is not None else None
+        for entry in opened.attempts.values() if opened is not None else ():
+            if entry.device not in self._awake:
+                self._place(entry.device).rouse(self._around.hub_epoch() - 1)
         level = self._population.level
 
         def sleepers() -> Iterator[tuple[str, int, Capability]]:

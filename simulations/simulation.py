@@ -18,7 +18,7 @@ from simulations.attacks import attacking, liars
 from simulations.availability import let_leave, select_available
 from simulations.conditions import Conditions
 from simulations.diary import Diary
-from simulations.faults import arrange_faults
+from simulations.faults import arrange_faults, check_names
 from simulations.fleet import FleetData, fleet_data, manifest
 from simulations.hub import UNRECORDED, HubRecord
 from simulations.populating import population_of
@@ -127,6 +127,7 @@ def build_world(
     record: HubRecord = UNRECORDED,
 ) -> World:
     """The world of a scenario, with all that goes wrong in it; it has not begun yet."""
+    check_names(scenario, data.devices)
     seed, population = scenario.seed, population_of(scenario, data)
     now: Callable[[], float] = lambda: world.clock.now  # noqa: E731
     conditions = Conditions(

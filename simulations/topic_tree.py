@@ -27,6 +27,21 @@ class Filters(Generic[Reader]):
             node = node.below.setdefault(level, Filters())
         node.readers[reader] = None
 
+    def remove(self, name: str, reader: Reader) -> None:
+        """Let this reader have no more of what matches a filter; empty branches go."""
+        way, node = list[tuple[Filters[Reader], str]](), self
+        for level in name.split("/"):
+            if level not in node.below:
+                return
+            way.append((node, level))
+            node = node.below[level]
+        node.readers.pop(reader, None)
+        for above, level in reversed(way):
+            below = above.below[level]
+            if below.readers or below.below:
+                return
+            del above.below[level]
+
     def matching(self, topic: str) -> list[Reader]:
         """The readers of a topic; one with several matching filters comes several times."""
         nodes, found = [self], list[Reader]()

@@ -27,7 +27,7 @@ class Client:
             self.filters,
             deliver=self.hear,
             on_lost=self.lost.append,
-            will=(lambda: self.will) if self.will else None,
+            will=(lambda will=self.will: will) if self.will else None,
             quality=self.quality,
         )
         return self

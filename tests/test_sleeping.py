@@ -1,6 +1,8 @@
 """Devices with nothing to do sleep, and nobody can tell but by the cost."""
 
 import csv
+import gc
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import pytest
 from cloud.coordination.facts import RoundClosed, RoundOpened
 from cloud.initial import initial_model
 from edge_agent.trainer import fulfil
+from federation.errors import ConfigError
 from federation.learning.data import LocalData
 from simulations.conditions import Conditions
+from simulations.device import Device
 from simulations.fleet import FleetData, fleet_data
 from simulations.holdings import Names
 from simulations.populating import population_of
@@ -191,7 +195,7 @@ def test_clocks_that_are_wrong_change_no_bit(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_rounds():
-    """Whatever devices come and go, a world keeps no more after 300 rounds than after 100."""
+    """Whatever devices come and go, no more of them are held after 300 rounds than after 100."""
     linear = {"name": "linear", "sizes": {"inputs": 8, "classes": 2}}
     given = scenario(
         run={"model": linear, "rounds": 301},
@@ -204,11 +208,64 @@ def test_memory_does_not_grow_with_the_rounds():
 
     def count(fact):
         if isinstance(fact, RoundClosed) and fact.round % 100 == 0:
-            herd, bus = world.devices, world.bus
-            kept.append(len(herd._awake) + len(herd._held) + len(bus._sessions))
+            gc.collect()
+            kept.append(sum(type(thing) is Device for thing in gc.get_objects()))
 
     world.watch(count)
     world.run()
 
     assert len(kept) == 3
     assert all(later <= sooner + 20 for sooner, later in pairwise(kept)), kept
+
+
+@pytest.mark.parametrize("phase", ["round-open", "mid-gathering", "mid-aggregation"])
+def test_a_hub_that_is_killed_finds_again_those_who_sleep(tmp_path, phase):
+    """Whoever was asked by a hub that died takes part, asleep or not, as soon as it is back."""
+    kill = {"kind": "hub-kill", "phase": phase, "round": 2, "away_s": 2.0}
+    given = scenario(device={"seconds_per_step": 0.5}, faults=[kill])
+
+    result = simulate(given, tmp_path, cache=Path())
+
+    assert [len(row.devices) for row in result.rounds] == [4] * 5
+    assert result.rounds[1].closed_s - result.rounds[1].opened_s < 15.0
+
+
+def test_a_broker_that_restarts_while_devices_sleep_is_missed_by_none(tmp_path):
+    """Devices that are looked at while the broker is away are linked when it is back."""
+    faults = [
+        {"kind": "broker-restart", "at_s": 3.0, "away_s": 5.0, "forgets": True},
+        {"kind": "cut", "at_s": 4.0, "devices": ["d00", "d05"], "for_s": 1.0},
+    ]
+    given = scenario(run={"rounds": 12}, device={"seconds_per_step": 0.5}, faults=faults)
+
+    result = simulate(given, tmp_path, cache=Path())
+
+    assert result.status == "finished"
+    assert all(row.closed_s - row.opened_s < 5.0 for row in result.rounds[6:])
+    assert [len(row.devices) for row in result.rounds[6:]] == [4] * 6
+
+
+def test_kills_at_a_phase_strike_in_their_round_and_in_no_other(tmp_path):
+    """A device is killed in the round that is named, though random failures strike others."""
+    faults = [{"kind": "kill", "device": "d03", "phase": "mid-training", "round": 4, "away_s": 9.0}]
+    given = scenario(
+        run={"policy": {"devices_per_round": 12}},
+        device={"seconds_per_step": 0.5},
+        faults=faults,
+        failures={"chance": 0.05},
+    )
+
+    simulate(given, tmp_path, cache=Path())
+
+    said = (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    mine = [event for event in map(json.loads, said) if event["device"] == "d03"]
+    struck = {event["round"] for event in mine if event["detail"].get("status") == "lost"}
+    assert 4 in struck
+
+
+def test_a_device_that_the_fleet_lacks_cannot_join_it(tmp_path):
+    """A fault that names nobody is refused before anything begins."""
+    given = scenario(faults=[{"kind": "late-join", "device": "nope", "at_s": 1.0}])
+
+    with pytest.raises(ConfigError, match="'nope'"):
+        simulate(given, tmp_path, cache=Path())

@@ -100,10 +100,11 @@ class Conductor:
                 self._gather_again(run, there, now)
             return False
         selection = self._select(candidates, policy.wanted, run.number + 1, run.rng())
-        if not selection.chosen:
-            # Those that are there cannot take part now: no round number is spent on that.
+        able = len(selection.chosen)
+        if not able or (able < policy.quorum and not waited_enough):
+            # Too few of those that are there can take part now; that may change.
             if waited_enough:
-                self._gather_again(run, 0, now)
+                self._gather_again(run, able, now)
             return False
         excluded, unnamed = self._excluded(selection)
         levels = {name: self._fleet.level(name) for name in selection.chosen}

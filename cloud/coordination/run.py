@@ -36,17 +36,26 @@ REMEMBERED_ROUNDS = 50
 """What became of attempts is known for this many rounds."""
 
 
+MAX_ATTEMPT = 64 + 1 + 9 + 1 + 64
+"""The longest name of an attempt: run, number and device."""
+
+
 def attempt_id(run: str, number: int, device: str) -> str:
     """The name of one device's part in one round; it may stand in a topic."""
     return f"{run}_{number}_{device}"
 
 
-@lru_cache(maxsize=16_384)
 def parse_attempt(attempt: str) -> tuple[str, int, str] | None:
     """Run, round and device of an attempt; None where it is not one of ours.
 
     An attempt has one name: a device that writes its number in another way has no second.
     """
+    # What is longer than a name of ours can be is not remembered: it may be hostile.
+    return _parsed(attempt) if len(attempt) <= MAX_ATTEMPT else None
+
+
+@lru_cache(maxsize=16_384)
+def _parsed(attempt: str) -> tuple[str, int, str] | None:
     match attempt.split("_"):
         case [run, digits, device] if digits.isdecimal() and len(digits) < 10:
             number = int(digits)

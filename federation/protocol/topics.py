@@ -103,6 +103,11 @@ def device_filters(namespace: str, device: str) -> list[str]:
     return [f"{root(namespace)}/d/{device}/dn/#", f"{root(namespace)}/pub/#"]
 
 
+def public_filter(namespace: str) -> str:
+    """What is said to all."""
+    return f"{root(namespace)}/pub/#"
+
+
 def peer_filters(namespace: str, device: str, neighbours: Iterable[str]) -> list[str]:
     """What a peer subscribes to: its neighbours' models, and what they ask of it.
 
