@@ -53,6 +53,10 @@ def rounds_in(folder: Path) -> list[RoundRow]:
     return rows
 
 
+# Over NATS it was seen once not to end in time, on a fresh machine; why is not known yet.
+@pytest.mark.parametrize(
+    "broker_kind", ["mosquitto", pytest.param("nats", marks=pytest.mark.slow)], indirect=True
+)
 def test_what_a_swarm_sends_counts_once_whoever_drops_out(
     hub: Callable[[str], None], typed: Type, tmp_path: Path, broker_kind: str
 ) -> None:

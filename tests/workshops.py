@@ -117,6 +117,8 @@ def forked(body: Callable[[], None]) -> int:
         status = 1
         try:
             os.setsid()
+            # Begun in the background of a shell, it would have inherited that this is ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             body()
             status = 0
         finally:
