@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from cloud.coordination.conductor import MAX_NAMED
 from cloud.coordination.facts import HubFact, RoundOpened
 from optimizer.problem import Candidates, Selection, Selector
 from simulations.presence.model import Always, Presence
 from simulations.world import World
 
 AWAY = "not available in this round"
-MAX_NAMED = 1000
-"""In a larger fleet those who are away are not named one by one."""
 
 
 def select_available(

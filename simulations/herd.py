@@ -128,11 +128,7 @@ class Herd(Mapping[str, Device]):
         name, place = device.name, device.place
         del self._awake[name]
         self._epochs[place] = device.epoch
-        spent = self._spent.get(name)
-        if spent is None:
-            self._spent[name] = device.meter.spent
-        else:
-            spent.add(device.meter.spent)
+        self._spent.setdefault(name, Spent()).add(device.meter.spent)
         up, down = self._around.bus.leave_quietly(name)
         self.bytes_up += up
         self.bytes_down += down

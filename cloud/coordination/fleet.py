@@ -82,7 +82,8 @@ class Fleet:
         A device that lost its storage may begin to count anew, and only a device that is there
         says its birth. What it works on is its task only where the hub still waits for that.
         """
-        self.register(device, epoch, birth.capability)
+        self._devices[device] = Device(epoch, "ready", birth.capability)
+        self._sort(device)
 
     def register_all(self, devices: Iterable[tuple[str, int, Capability]]) -> None:
         """These devices (name, epoch, capability) are there, and have nothing in hand."""
@@ -94,11 +95,6 @@ class Fleet:
                 self._others[name] = None
             elif self._others:
                 self._others.pop(name, None)
-
-    def register(self, device: str, epoch: int, capability: Capability) -> None:
-        """This device is there, and has nothing in hand."""
-        self._devices[device] = Device(epoch, "ready", capability)
-        self._sort(device)
 
     def present(self, device: str, epoch: int, presence: Presence) -> bool:
         """A change of presence; False where it is void or changes nothing."""

@@ -112,11 +112,13 @@ def _packed(sent: Weights, plan: LocalPlan, *, in_place: bool) -> bytes:
     uplink = plan.uplink
     if in_place and uplink.encoding == "dense" and uplink.top_k == 1.0:
         return InPlace(sent, _dense_size(tuple((n, t.shape) for n, t in sent.items()))).as_bytes()
-    kept = {n: _largest(t, uplink.top_k) for n, t in model_part(sent).items()}
+    kept = None
+    if uplink.top_k < 1.0:
+        kept = {n: _largest(t, uplink.top_k) for n, t in model_part(sent).items()}
     return encode(
         sent,
         encoding=uplink.encoding,
-        kept=kept if uplink.top_k < 1.0 else None,
+        kept=kept,
         compact=True,
         seed=plan.seed,
     )
