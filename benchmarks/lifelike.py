@@ -25,10 +25,10 @@ from cloud.initial import initial_model
 from cloud.record.events import event_of
 from cloud.record.queries import EventRow
 from edge_agent.agent import AgentSettings
+from federation.datasets.cached import cache_folder, load
 from federation.errors import HeadwaterError
 from federation.learning.data import LocalData
 from simulations.conditions import Conditions
-from simulations.data.datasets import cache_folder, load
 from simulations.demo.wrist import wrist_fleet
 from simulations.observing import Observed, RoundTimes, observe, read_hub
 from simulations.replaying import befall_again, members_of

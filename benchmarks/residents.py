@@ -23,9 +23,9 @@ from benchmarks.flower.deployment import Flower, flower_deployment
 from benchmarks.processes import Memory, cpu_s, memory, wait_until
 from cloud.config import HubConfig, ModelChoice, ReleasePlan, RunPlan
 from cloud.coordination.rounds import RoundPolicy
+from federation.datasets.cached import load
 from federation.errors import HeadwaterError
 from federation.learning.plans import TrainingPlan
-from simulations.data.datasets import load
 from simulations.processes import Process, agent_process
 
 _INFER = """

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from benchmarks.claims import Claim, Options, claim, main
+from federation.datasets.cached import cache_folder
 from simulations.comparison.figures import MARGIN
 from simulations.comparison.trial import plan_trials
-from simulations.data.datasets import cache_folder
 from simulations.fleet import FleetData, fleet_data
 from simulations.presence.kinds import presence_of
 from simulations.report import LAST_ROUNDS, Ledger

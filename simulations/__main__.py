@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from federation.errors import HeadwaterError
+from simulations import data_command
 from simulations.comparison.command import run_comparison
-from simulations.data import command as data_command
 from simulations.demo.command import run_demo
 from simulations.fitting_command import fit_fleet
 from simulations.methods import show_methods

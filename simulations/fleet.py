@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from federation.datasets.cached import DataSet, load
 from federation.errors import ConfigError
 from federation.learning.data import LocalData, load_folder
 from federation.learning.partitions import (
@@ -21,7 +22,6 @@ from federation.learning.partitions import (
     shard_partition,
 )
 from simulations.bodies import levels_of
-from simulations.data.datasets import DataSet, load
 from simulations.demo.wrist import wrist_fleet
 from simulations.holdings import Names, deal, let_draw
 from simulations.scenario import Scenario

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from federation.datasets.cached import cache_folder
 from federation.errors import ConfigError
-from simulations.data.datasets import cache_folder
 
 if TYPE_CHECKING:
     from simulations.peering import PeerResult

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from federation.datasets.cached import cache_folder
 from federation.errors import ConfigError
 from federation.protocol.codec import digest_of
-from simulations.data.datasets import cache_folder
 from simulations.fleet import FleetData, fleet_data
 from simulations.report import Result, as_builtins, as_json, versions
 from simulations.reporting.progress import run_progress

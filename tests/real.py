@@ -18,9 +18,9 @@ from cloud.record.registry import Registry
 from cloud.record.store import Store
 from edge_agent.config import AgentConfig, DataConfig, TrainingConfig
 from edge_agent.trainer import fulfil
+from federation.datasets.cached import load
 from federation.learning.data import LocalData
 from federation.learning.plans import TrainingPlan
-from simulations.data.datasets import load
 from simulations.device_model import DeviceModel, Member
 from simulations.link import LinkProxy
 from simulations.processes import Process, agent_process, free_port, hub_process

@@ -18,11 +18,11 @@ from cloud.record.registry import Registry
 from cloud.record.store import Store
 from edge_agent.agent import AgentSettings
 from edge_agent.trainer import fulfil
+from federation.datasets.cached import load
 from federation.learning.data import LocalData
 from federation.learning.plans import TrainingPlan
 from simulations.bus import LinkQuality
 from simulations.conditions import Conditions
-from simulations.data.datasets import load
 from simulations.device_model import DeviceModel, Member
 from simulations.hub import HubRecord
 from simulations.workshop.in_process import InProcess

@@ -14,13 +14,13 @@ from safetensors.numpy import save
 from cloud.broker import Broker, start_broker
 from edge_agent.config import AgentConfig, DataConfig
 from edge_agent.runner import AgentRunner
+from federation.datasets.cached import load
 from federation.learning.data import LocalData
 from federation.protocol import codec
 from federation.protocol import messages as m
 from federation.protocol.clock import steady_clock
 from federation.protocol.codec import Weights
 from federation.protocol.transfer import content_of, cut
-from simulations.data.datasets import load
 from simulations.demo.script import write_data
 from tests.strangers import Clock, RunningHub, Stranger, running_hub, small_plan, until
 

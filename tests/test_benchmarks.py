@@ -15,8 +15,8 @@ from benchmarks.plain_publish import generous_broker, publish_plainly
 from benchmarks.processes import cpu_s, memory
 from benchmarks.uplink import STUDIES, Step, compare_bytes, first_at
 from benchmarks.uplink import measure as measure_uplink
+from federation.datasets.cached import cache_folder, load
 from federation.errors import DataError
-from simulations.data.datasets import cache_folder, load
 from simulations.link import LinkProxy
 from simulations.scenario import find_scenario, read_scenario
 

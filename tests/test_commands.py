@@ -13,8 +13,8 @@ from cloud.broker import start_broker
 from cloud.config import HubConfig
 from cloud.holder import hold
 from cloud.record.store import Store
+from federation.datasets.cached import load
 from federation.learning.data import LocalData
-from simulations.data.datasets import load
 from simulations.demo.script import write_data
 from simulations.processes import Process, free_port
 from tests.command_line import Type

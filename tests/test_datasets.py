@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from federation.datasets.archives import read_idx, read_members, unpickle_arrays
+from federation.datasets.cached import DataSet, cache_folder, cached_file, fetch, load
+from federation.datasets.catalogue import CATALOGUE, find_entry
+from federation.datasets.conversion import windows
+from federation.datasets.fetching import Package, Registry, UnreachableError, check_digest, obtain
 from federation.errors import DataError
-from simulations.data.archives import read_idx, read_members, unpickle_arrays
-from simulations.data.catalogue import CATALOGUE, find_entry
-from simulations.data.command import app
-from simulations.data.conversion import windows
-from simulations.data.datasets import DataSet, cache_folder, cached_file, fetch, load
-from simulations.data.fetching import Package, Registry, UnreachableError, check_digest, obtain
+from simulations.data_command import app
 
 
 def _silent(_stage: str, _done_bytes: int, _total_bytes: int) -> None:

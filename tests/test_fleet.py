@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from federation.datasets.cached import cache_folder, fetch, load
+from federation.datasets.fetching import UnreachableError
 from federation.errors import ConfigError
 from federation.learning.data import LocalData
-from simulations.data.datasets import cache_folder, fetch, load
-from simulations.data.fetching import UnreachableError
 from simulations.fleet import LISTED, device_names, fleet_data, manifest
 from simulations.holdings import Names, deal, let_draw
 from simulations.scenario import Scenario, find_scenario, read_scenario

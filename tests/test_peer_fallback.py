@@ -13,13 +13,13 @@ from edge_agent.facts import AgentFact, Held, UpdateKept
 from edge_agent.fallback import FallBack, FallbackAgent
 from edge_agent.peering_facts import PeerForgotten, PeerKept, StartKept
 from edge_agent.peers import PeerTerms
+from federation.datasets.cached import load
 from federation.learning.data import LocalData
 from federation.learning.evaluation import evaluate
 from federation.protocol import messages as m
 from federation.protocol.codec import decode, encode
 from federation.protocol.effects import Link, Send, StopTraining, Train
 from federation.protocol.transfer import content_of
-from simulations.data.datasets import load
 from simulations.device_model import DeviceModel
 from tests.peers import SETTINGS, full_mesh
 from tests.simulated import Simulation, patient_plan, shards

@@ -137,7 +137,7 @@ def test_partitions_deal_every_sample_once_and_hold_the_rest_out(tmp_path, parti
 
 
 def every_digit(cache):
-    from simulations.data.datasets import load
+    from federation.datasets.cached import load
 
     digits = load("digits", cache=cache)
     return np.c_[digits.x.reshape(1797, -1), digits.y]

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
+from federation.datasets.cached import DataSet, cache_folder, fetch, load
+from federation.datasets.fetching import UnreachableError
 from federation.errors import DataError
-from simulations.data.datasets import DataSet, cache_folder, fetch, load
-from simulations.data.fetching import UnreachableError
 from simulations.demo.wrist import HELD_OUT, WristFleet, scale_motion, wrist_fleet
 
 

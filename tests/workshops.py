@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from edge_agent.trainer import fulfil
+from federation.datasets.cached import load
 from federation.learning.data import LocalData
 from federation.learning.models import initial_weights
 from federation.protocol.codec import decode, digest_of, encode
 from federation.protocol.effects import Trained
 from federation.protocol.messages import Assignment, Content, LocalPlan, ModelSpec
-from simulations.data.datasets import load
 from simulations.workshop import CohortRule, InProcess, Job, Processes, Remembered
 from simulations.workshop.grouped import Grouped
 

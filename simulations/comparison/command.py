@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from federation.datasets.cached import cache_folder
 from federation.errors import ConfigError
 from simulations.comparison.crew import News, RoundDone, RunDone, run_trials
 from simulations.comparison.figures import (
@@ -24,7 +25,6 @@ from simulations.comparison.figures import (
 )
 from simulations.comparison.showing import HEADINGS, as_table, cells, plot
 from simulations.comparison.trial import Trial, choose_variants, kept_figures, plan_trials
-from simulations.data.datasets import cache_folder
 from simulations.report import as_json, versions
 from simulations.scenario import Scenario, Variant, find_scenario, read_scenario
 

@@ -14,9 +14,9 @@ from rich.live import Live
 from cloud.config import BrokerConfig
 from cloud.record.queries import RoundRow, RunStatus
 from cloud.record.store import Store
+from federation.datasets.cached import cache_folder, load
 from federation.errors import HeadwaterError
 from federation.protocol.clock import steady_clock
-from simulations.data.datasets import cache_folder, load
 from simulations.demo import script as demo
 from simulations.demo import view as demo_view
 from simulations.demo.wrist import PLAN, SPEC, wrist_fleet

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from federation.datasets.cached import DataSet
 from federation.errors import DataError
 from federation.learning.data import LocalData
 from federation.protocol.messages import LocalPlan, ModelSpec
-from simulations.data.datasets import DataSet
 
 HELD_OUT = ("person-08", "person-09", "person-10")
 """The last three by number: a rule, not the luckiest three.

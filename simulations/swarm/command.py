@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from edge_agent.config import password
+from federation.datasets.cached import cache_folder, load
 from federation.errors import ConfigError
 from federation.learning.data import LocalData
 from federation.learning.partitions import iid_partition
-from simulations.data.datasets import cache_folder, load
 from simulations.swarm import trial
 from simulations.swarm.dropping import Dropping
 from simulations.swarm.plan import SwarmPlan, read_swarm_plan

@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
+from federation.datasets.cached import cache_folder, cached_file, fetch
+from federation.datasets.catalogue import CATALOGUE, Entry, find_entry
+from federation.datasets.fetching import Progress as OnProgress
 from federation.errors import DataError
-from simulations.data.catalogue import CATALOGUE, Entry, find_entry
-from simulations.data.datasets import cache_folder, cached_file, fetch
-from simulations.data.fetching import Progress as OnProgress
 
 app = typer.Typer(help="Bring real data sets into the cache.", no_args_is_help=True)
 

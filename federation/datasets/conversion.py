@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from federation.datasets.archives import read_idx, read_object_npy, unpickle_arrays
 from federation.errors import DataError
-from simulations.data.archives import read_idx, read_object_npy, unpickle_arrays
 
 Arrays = dict[str, npt.NDArray[Any]]
 Members = Mapping[str, bytes]

@@ -6,9 +6,9 @@ Licences: what says "never redistribute" is for tests and benchmarks on one's ow
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from federation.datasets import conversion
+from federation.datasets.fetching import Package, Registry
 from federation.errors import DataError
-from simulations.data import conversion
-from simulations.data.fetching import Package, Registry
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from federation.datasets.archives import read_members
+from federation.datasets.catalogue import Entry, find_entry
+from federation.datasets.conversion import Arrays
+from federation.datasets.fetching import Package, Progress, check_digest, obtain
 from federation.errors import DataError
-from simulations.data.archives import read_members
-from simulations.data.catalogue import Entry, find_entry
-from simulations.data.conversion import Arrays
-from simulations.data.fetching import Package, Progress, check_digest, obtain
 
 _LAYOUT = 2  # of the cached arrays; a new number makes every set be converted again
 
