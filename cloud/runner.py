@@ -28,7 +28,7 @@ from federation.protocol.link import Arrived, MailboxConfig
 from federation.protocol.messages import AnyLetter, HubState, seal
 from federation.protocol.mqtt import Mailbox
 from federation.protocol.topics import Route, open_letter, parse, route
-from optimizer.problem import Selector
+from optimizer.selection import Selector
 
 POLL_S = 0.25
 """How often the hub looks for runs that operators ask for."""

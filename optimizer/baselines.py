@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from optimizer.problem import Candidates, Selection
+from optimizer.selection import Candidates, Selection
 
 
 def select_uniformly(

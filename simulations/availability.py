@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from cloud.coordination.conductor import MAX_NAMED
 from cloud.coordination.facts import HubFact, RoundOpened
-from optimizer.problem import Candidates, Selection, Selector
+from optimizer.selection import Candidates, Selection, Selector
 from simulations.presence.model import Always, Presence
 from simulations.world import World
 

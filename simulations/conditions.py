@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from optimizer.baselines import select_uniformly
-from optimizer.problem import Selector
+from optimizer.selection import Selector
 from simulations.bus import PERFECT, LinkQuality
 
 

@@ -10,7 +10,7 @@ import pytest
 from federation.errors import ConfigError
 from federation.protocol.messages import Capability
 from optimizer.baselines import select_uniformly
-from optimizer.problem import Candidates
+from optimizer.selection import Candidates
 from simulations.availability import select_available
 from simulations.fleet import fleet_data
 from simulations.populating import population_of

@@ -24,7 +24,7 @@ from cloud.coordination.rounds import OPEN, Attempt, Status, Wait
 from cloud.coordination.run import ActiveRun, attempt_id, parse_attempt
 from federation.protocol import messages as m
 from federation.protocol.effects import Link
-from optimizer.problem import Selection, Selector
+from optimizer.selection import Selection, Selector
 
 RESEND_S = 10.0
 """How long an assignment may stay unanswered before it is sent again."""

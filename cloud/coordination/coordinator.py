@@ -29,7 +29,7 @@ from federation.errors import ProtocolError
 from federation.protocol import messages as m
 from federation.protocol.effects import Effect, Link
 from federation.protocol.transfer import LARGEST_CHUNK_BYTES, content_of, cut
-from optimizer.problem import Selector
+from optimizer.selection import Selector
 
 Effects = list[Effect[HubFact]]
 

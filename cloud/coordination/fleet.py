@@ -11,7 +11,7 @@ from sortedcontainers import SortedSet
 
 from cloud.coordination.facts import DeviceMemory
 from federation.protocol.messages import Birth, Capability, Presence
-from optimizer.problem import Candidates
+from optimizer.selection import Candidates
 
 AWAY = "away"
 """Known from the record, not heard of since this hub started."""

@@ -12,7 +12,7 @@ from federation.learning.training import train_locally
 from federation.protocol.codec import Weights
 from federation.protocol.messages import Capability, LocalPlan, ModelSpec
 from optimizer.baselines import select_uniformly
-from optimizer.problem import Candidates, Selection
+from optimizer.selection import Candidates, Selection
 from simulations.availability import select_available
 from simulations.fleet import FleetData, device_levels
 from simulations.presence.kinds import presence_of
