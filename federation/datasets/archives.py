@@ -12,6 +12,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +31,8 @@ def read_members(package: Path, names: tuple[str, ...]) -> dict[str, bytes]:
 
     Args:
         package: A `.whl`, `.tar.gz`, `.tgz` or `.deb` file.
-        names: Full paths inside the archive; a Debian package's begin with `./`.
+        names: Full paths inside the archive; a Debian package's begin with `./`. In a tar one may
+            be a pattern of several (`data/*.json`).
 
     Raises:
         DataError: The file is no such archive, or lacks one of the members.
@@ -54,13 +56,14 @@ def _members_of_tar(file: BinaryIO, names: tuple[str, ...]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     with tarfile.open(fileobj=file, mode="r:*") as archive:
         for member in archive:
-            stream = archive.extractfile(member) if member.name in names else None
+            wanted = any(fnmatchcase(member.name, name) for name in names)
+            stream = archive.extractfile(member) if wanted else None
             if stream is not None:
                 found[member.name] = stream.read()
-    missing = sorted(set(names) - found.keys())
-    if missing:
-        raise KeyError(f"no member {missing[0]}")
-    return {name: found[name] for name in names}
+    for name in names:
+        if not any(fnmatchcase(member_name, name) for member_name in found):
+            raise KeyError(f"no member {name}")
+    return found
 
 
 def _debian_payload(package: Path) -> bytes:

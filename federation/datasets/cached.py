@@ -18,6 +18,7 @@ from federation.datasets.archives import read_members
 from federation.datasets.catalogue import Entry, find_entry
 from federation.datasets.conversion import Arrays
 from federation.datasets.fetching import Package, Progress, check_digest, obtain
+from federation.datasets.texts import Corpus, unpack_documents
 from federation.errors import DataError
 
 _LAYOUT = 2  # of the cached arrays; a new number makes every set be converted again
@@ -113,6 +114,11 @@ def load(name: str, *, cache: Path) -> DataSet:
         DataError: The set is unknown, has not been fetched, or its file is damaged.
     """
     entry, kept = find_entry(name), cached_file(name, cache=cache)
+    if entry.is_text:
+        raise DataError(
+            f"{name} is a text; samples with labels were expected; choose another set, or load it "
+            "as a corpus"
+        )
     arrays = _digits() if entry.package is None else _read_cached(entry, kept)
     count = len(arrays["x"])
     train_count = int(arrays.get("train_count", count))
@@ -127,6 +133,26 @@ def load(name: str, *, cache: Path) -> DataSet:
         part_names=entry.part_names,
         train=np.arange(train_count),
         test=np.arange(train_count, count) if train_count < count else None,
+        source=entry.source,
+        licence=entry.licence,
+    )
+
+
+def load_corpus(name: str, *, cache: Path) -> Corpus:
+    """Loads a text that is in the cache.
+
+    Raises:
+        DataError: The set is unknown or no text, has not been fetched, or its file is damaged.
+    """
+    entry, kept = find_entry(name), cached_file(name, cache=cache)
+    if not entry.is_text:
+        raise DataError(f"{name} is no text; documents were expected; choose sotu or kjv")
+    arrays = _read_cached(entry, kept)
+    return Corpus(
+        name=entry.name,
+        documents=unpack_documents(arrays),
+        client=arrays.get("client"),
+        client_names=entry.client_names,
         source=entry.source,
         licence=entry.licence,
     )
@@ -148,12 +174,24 @@ def _convert(entry: Entry, package: Path) -> Arrays:
 
 
 def _check(entry: Entry, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    if entry.is_text:
+        _check_text(entry, arrays)
+        return
     expected = (entry.samples, *entry.shape)
     classes = len(np.unique(arrays["y"]))
     if arrays["x"].shape != expected or classes != len(entry.labels):
         raise DataError(
             f"{entry.name} has shape {arrays['x'].shape} and {classes} classes; {expected} and "
             f"{len(entry.labels)} were expected; delete its file in the cache and fetch it again"
+        )
+
+
+def _check_text(entry: Entry, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    ends, size = arrays["ends"], len(arrays["text"])
+    if len(ends) != entry.samples or int(ends[-1]) != size or bool(np.any(np.diff(ends) < 0)):
+        raise DataError(
+            f"{entry.name} has {len(ends)} documents in {size} bytes; {entry.samples} that fill "
+            "them in order were expected; delete its file in the cache and fetch it again"
         )
 
 

