@@ -328,10 +328,10 @@ def _mosquitto_access(namespace: str) -> list[str]:
 
 
 def _device_topics(namespace: str, device: str) -> tuple[list[str], list[str]]:
-    """What a device may write: its own `up` and `peer`; and read: its own `dn`, `pub`, peers."""
+    """What a device may write: its own `up`, `peer`, `ask`; and read: its `dn`, `pub`, peers."""
     branch = f"{topics.root(namespace)}/d/{device}"
     peers = topics.peer_filters(namespace, device, ["+"])
-    return [f"{branch}/up/#", f"{branch}/peer/#"], [
+    return [f"{branch}/up/#", f"{branch}/peer/#", f"{branch}/ask/#"], [
         *topics.device_filters(namespace, device),
         *peers,
     ]

@@ -5,12 +5,13 @@ fl/1/<namespace>/d/<device>/up/state | birth | hb | task | req
 fl/1/<namespace>/d/<device>/up/x/<attempt>/open | x/<attempt>/c/<n>
 fl/1/<namespace>/d/<device>/dn/task | ctl | x/<attempt> | blob/<digest>/<n>
 fl/1/<namespace>/d/<device>/peer/model | ask/<neighbour> | c/<digest>/<n>
+fl/1/<namespace>/d/<device>/ask/<model>, answered on dn/answer/<request>
 fl/1/<namespace>/pub/hub | release/<run>
 ```
 
 The direction is a fixed level, so the broker's permissions for a device are few lines: publish
-its own `up/#` and `peer/#`, read its own `dn/#`, `pub/#`, and of every device `peer/model`,
-`peer/c/#` and `peer/ask/<itself>`.
+its own `up/#`, `peer/#` and `ask/#`, read its own `dn/#`, `pub/#`, and of every device
+`peer/model`, `peer/c/#` and `peer/ask/<itself>`.
 """
 
 import re
@@ -118,6 +119,28 @@ def peer_filters(namespace: str, device: str, neighbours: Iterable[str]) -> list
     return [f"{branch}/{topic}" for branch in branches for topic in topics]
 
 
+def ask_filter(namespace: str) -> str:
+    """What a server of models subscribes to: what devices ask."""
+    return f"{root(namespace)}/d/+/ask/+"
+
+
+def ask_route(namespace: str, device: str, model: str, expiry_s: int) -> Route:
+    """How a device asks a model; after the expiry nobody wants the answer."""
+    check_name("model", model)
+    return Route(f"{root(namespace)}/d/{device}/ask/{model}", expiry_s=expiry_s)
+
+
+def answer_route(namespace: str, device: str, request: str, expiry_s: int) -> Route:
+    """How a device is answered: on its own branch, wherever it might like it to go."""
+    check_name("request", request)
+    return Route(f"{root(namespace)}/d/{device}/dn/answer/{request}", expiry_s=expiry_s)
+
+
+def is_answer(namespace: str, device: str, topic: str) -> bool:
+    """Whether the letter on this topic is a model's answer: those have an envelope of their own."""
+    return topic.startswith(f"{root(namespace)}/d/{device}/dn/answer/")
+
+
 def route(namespace: str, device: str, letter: m.AnyLetter) -> Route:
     """How this letter travels; `device` names the branch and is ignored for public letters."""
     rule = ROUTES[type(letter)]
@@ -137,14 +160,16 @@ def parse(namespace: str, topic: str) -> Origin:
     levels = topic.removeprefix(prefix).split("/")
     if topic.startswith(prefix):
         match levels:
-            case ["d", device, "up" | "dn" | "peer" as direction, _, *_] if NAME.fullmatch(device):
+            case ["d", device, "up" | "dn" | "peer" | "ask" as direction, _, *_] if NAME.fullmatch(
+                device
+            ):
                 return Origin(device, direction)
             case ["pub", _, *_]:
                 return Origin("", "pub")
             case _:
                 pass
     raise ProtocolError(
-        f"topic {topic!r} is not of this fleet; expected {prefix}d/<device>/up|dn|peer/... "
+        f"topic {topic!r} is not of this fleet; expected {prefix}d/<device>/up|dn|peer|ask/... "
         f"or {prefix}pub/...: check the namespace on both sides"
     )
 
@@ -157,7 +182,7 @@ def open_letter(namespace: str, topic: str, payload: bytes) -> tuple[Origin, m.E
     """
     origin = parse(namespace, topic)
     envelope = m.unseal(payload)
-    owner = origin.device if origin.direction in {"up", "peer"} else "hub"
+    owner = origin.device if origin.direction in {"up", "peer", "ask"} else "hub"
     if envelope.sender != owner:
         raise ProtocolError(
             f"letter of {envelope.sender!r} came on the branch of {owner!r}: refused; "
