@@ -1,0 +1,73 @@
+"""What `train.toml` says: data, model, optimizer, and the techniques that make it cheaper."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from federation.errors import ConfigError
+
+
+class OptimizerPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a step is made of a gradient, and the learning rate over time.
+
+    The rate rises over `warmup` steps and then stays, falls as a cosine to zero, or is divided
+    by `factor` at each of `milestones` (shares of the training, 0 to 1).
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+    nesterov: bool = False
+    schedule: Literal["constant", "cosine", "steps"] = "constant"
+    warmup: int = 0
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        _above("optimizer.learning_rate", self.learning_rate, 0.0)
+        _above("optimizer.factor", self.factor, 1.0)
+        _in_range("optimizer.momentum", self.momentum, 0.0, 0.9999)
+        for beta in self.betas:
+            _in_range("optimizer.betas", beta, 0.0, 0.99999)
+        for place in self.milestones:
+            _in_range("optimizer.milestones", place, 0.0, 1.0)
+
+
+class SparsePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which entries live (SAMO, arXiv:2302.05045).
+
+    `rule` says when the mask is drawn: at the start by the magnitude of the weights there
+    (`magnitude`, for a model that was trained before), once it has settled over epochs of dense
+    training (`early-bird`), or it is read from `file`.
+    """
+
+    sparsity: float = 0.9
+    rule: Literal["early-bird", "magnitude", "file"] = "early-bird"
+    scope: Literal["layer", "model"] = "layer"
+    at_most: int = 10
+    file: Path | None = None
+
+    def __post_init__(self) -> None:
+        _in_range("sparse.sparsity", self.sparsity, 0.0, 0.9999)
+        if (self.rule == "file") != (self.file is not None):
+            raise ConfigError(
+                'sparse.file goes with sparse.rule = "file", and only with it: give both or neither'
+            )
+        if self.at_most < 1:
+            raise ConfigError(
+                f"sparse.at_most is {self.at_most}; dense training before the ticket lasts an "
+                "epoch or more: correct it"
+            )
+
+
+def _above(field: str, value: float, bound: float) -> None:
+    if not value > bound:
+        raise ConfigError(f"{field} is {value}; expected more than {bound:g}: correct it")
+
+
+def _in_range(field: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{field} is {value}; expected {least:g} to {most:g}: correct it")

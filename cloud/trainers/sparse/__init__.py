@@ -1,0 +1,1 @@
+"""Training of pruned networks: dense compute, compressed state (SAMO, arXiv:2302.05045)."""
