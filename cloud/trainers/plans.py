@@ -5,7 +5,18 @@ from typing import Literal
 
 import msgspec
 
+from cloud.config import ModelChoice
 from federation.errors import ConfigError
+
+
+def _above(field: str, value: float, bound: float) -> None:
+    if not value > bound:
+        raise ConfigError(f"{field} is {value}; expected more than {bound:g}: correct it")
+
+
+def _in_range(field: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{field} is {value}; expected {least:g} to {most:g}: correct it")
 
 
 class OptimizerPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,11 +74,57 @@ class SparsePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
 
 
-def _above(field: str, value: float, bound: float) -> None:
-    if not value > bound:
-        raise ConfigError(f"{field} is {value}; expected more than {bound:g}: correct it")
+class DataPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is learned from: a data set by name, and who is kept for testing.
+
+    Where a set has clients, `held_out` names the clients that are tested on; where it has a split
+    of its own, that is used; else the last `test_share` of the samples. Of a text, windows of
+    `length` tokens are the samples. `at_most` bounds the training samples (0: all).
+    """
+
+    set: str
+    held_out: tuple[str, ...] = ()
+    test_share: float = 0.2
+    length: int = 128
+    at_most: int = 0
+
+    def __post_init__(self) -> None:
+        _in_range("data.test_share", self.test_share, 0.01, 0.99)
+        _in_range("data.length", self.length, 2, 65536)
+        _in_range("data.at_most", self.at_most, 0, 2**31)
 
 
-def _in_range(field: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ConfigError(f"{field} is {value}; expected {least:g} to {most:g}: correct it")
+class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How often training is kept, in steps; it goes on from the newest after any end."""
+
+    every_steps: int = 100
+
+    def __post_init__(self) -> None:
+        _in_range("checkpoint.every_steps", self.every_steps, 1, 2**31)
+
+
+class TrainPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One training at the hub, as `train.toml` says it.
+
+    `batch_size` is that of all processes together, cut into `accumulate` parts on each.
+    `precision` is what the model computes with; parameters and moments are float32. `seed`
+    decides the initial weights and the order of samples: with the same seed the same batches
+    are seen on any number of processes.
+    """
+
+    name: str
+    data: DataPlan
+    model: ModelChoice
+    epochs: int = 1
+    batch_size: int = 64
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    optimizer: OptimizerPlan = OptimizerPlan()
+    checkpoint: CheckpointPlan = CheckpointPlan()
+    sparse: SparsePlan | None = None
+
+    def __post_init__(self) -> None:
+        _in_range("epochs", self.epochs, 1, 100_000)
+        _in_range("batch_size", self.batch_size, 1, 2**20)
+        _in_range("accumulate", self.accumulate, 1, self.batch_size)
