@@ -84,11 +84,11 @@ class TrainingState:
         compute: torch.dtype = torch.float32,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._parameters = dict(model.named_parameters())
-        self.kept = kept_in(self._parameters, masks or {})
+        self.parameters = dict(model.named_parameters())
+        self.kept = kept_in(self.parameters, masks or {})
         self._group, self._compute = group, compute
-        named = [list(names) for names in buckets] or [list(self._parameters)]
-        if sorted(chain.from_iterable(named)) != sorted(self._parameters):
+        named = [list(names) for names in buckets] or [list(self.parameters)]
+        if sorted(chain.from_iterable(named)) != sorted(self.parameters):
             raise TrainingError(
                 "the buckets do not hold every parameter of the model once: rebuild them from it"
             )
@@ -100,7 +100,7 @@ class TrainingState:
         for name in names:
             spans[name] = slice(start, start + self.kept[name].count)
             start = spans[name].stop
-        living = [self.kept[n].compress(self._parameters[n].detach()).float() for n in names]
+        living = [self.kept[n].compress(self.parameters[n].detach()).float() for n in names]
         master = torch.cat(living)
         gradient = torch.zeros_like(master, dtype=self._compute)
         master.grad = gradient if gradient.dtype == master.dtype else torch.zeros_like(master)
@@ -111,7 +111,7 @@ class TrainingState:
 
     def _adopt(self, name: str, bucket: Bucket) -> None:
         """Have the model compute with this bucket's entries, and hand over its gradient."""
-        parameter, kept = self._parameters[name], self.kept[name]
+        parameter, kept = self.parameters[name], self.kept[name]
         span = bucket.spans[name]
         if kept.index is None and self._compute == bucket.master.dtype:
             parameter.data = bucket.master[span].view(kept.shape)
@@ -155,7 +155,7 @@ class TrainingState:
 
     def _write_back(self, bucket: Bucket) -> None:
         for name, span in bucket.spans.items():
-            parameter, kept = self._parameters[name], self.kept[name]
+            parameter, kept = self.parameters[name], self.kept[name]
             if parameter.data.data_ptr() != bucket.master[span].data_ptr():
                 kept.expand_into(parameter.data, bucket.master[span].to(self._compute))
 
@@ -171,7 +171,7 @@ class TrainingState:
         bucket = self.buckets[number]
         bucket.is_frozen = frozen
         for name in bucket.spans:
-            self._parameters[name].requires_grad_(not frozen)
+            self.parameters[name].requires_grad_(not frozen)
 
     def sizes(self) -> dict[str, int]:
         """The bytes of each kind of state on this rank, as it lies in memory now.
@@ -180,7 +180,7 @@ class TrainingState:
         The paper's count takes a copy of all of them at once.
         """
         sizes = dict.fromkeys(("parameters", "master", "gradients", "moments", "index"), 0)
-        sizes["parameters"] = sum(_bytes(p) for p in self._parameters.values())
+        sizes["parameters"] = sum(_bytes(p) for p in self.parameters.values())
         sizes["index"] = sum(kept.index_bytes for kept in self.kept.values())
         for bucket in self.buckets:
             if self._is_apart(bucket):
@@ -198,7 +198,7 @@ class TrainingState:
         """Whether the master parameters lie beside those the model computes with."""
         start = bucket.master.data_ptr()
         stop = start + _bytes(bucket.master)
-        return not all(start <= self._parameters[n].data_ptr() < stop for n in bucket.spans)
+        return not all(start <= self.parameters[n].data_ptr() < stop for n in bucket.spans)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, on the CPU: what a checkpoint keeps. Entries that died are absent."""
