@@ -79,15 +79,13 @@ class Agent:
         self._link = Link(is_up=False, epoch=0)
         self._max_payload = 0
         self.hub_epoch = -1
-        self._hub_is_online = False
-        self._is_introduced = self._awaits_welcome = False
-        self._deadline = float("inf")
+        self._hub_is_online = self._is_introduced = self._awaits_welcome = False
         self._wanted: m.Release | None = None
         self._fetching = Fetching(held.parts, settings.timeout_s)
         self._outgoing = Outgoing(
             held.updates, settings.timeout_s, shares_memory=settings.shares_memory
         )
-        self._birth_at = self._heartbeat_at = float("inf")
+        self._deadline = self._birth_at = self._heartbeat_at = float("inf")
         self._started_at = 0.0
         self._out: Effects = []
 
@@ -120,13 +118,15 @@ class Agent:
         return self._finish(now)
 
     def on_link(self, link: Link, now: float) -> Effects:
-        """The link came up: say that this device is here. The hub's state will come next."""
+        """The link came up: say that this device is here. The hub's state should come next."""
         self._link = link
         self._is_introduced = False
         if link.is_up:
             self._max_payload = link.max_payload
             self._say(m.Presence(state="ready"))
             self._fetching.on_link_up(link.max_payload)
+            # A broker may lose what the hub says while it still takes in who wants to hear it.
+            self._birth_at = now + self._settings.timeout_s
         return self._finish(now)
 
     def on_message(self, envelope: m.Envelope, now: float) -> Effects:
@@ -143,8 +143,8 @@ class Agent:
                 self._on_assignment(letter, now)
             case m.Cancel() as letter:
                 self._abandon(letter.attempt, "")
-            case m.Welcome() as letter:
-                self._on_welcome(letter)
+            case m.Welcome() as letter if self.is_welcomed(letter):
+                self._on_welcome(envelope.epoch, letter)
             case m.BlobChunk() as letter:
                 self._on_chunk(letter, now)
             case m.BlobGone() as letter:
@@ -168,8 +168,7 @@ class Agent:
             self._forget_assignment(assignment)
             return self._finish(now)
         memory = Memory(assignment.run, trained.memory) if trained.memory else None
-        settings = self._settings
-        kept = self._outgoing.keep(trained, memory, settings.keepalive_s, self._max_payload)
+        kept = self._outgoing.keep(trained, memory, self._settings.keepalive_s, self._max_payload)
         self._note(kept)
         self._forget_assignment(assignment)
         if self._can_talk:
@@ -209,8 +208,8 @@ class Agent:
         has_restarted = epoch > self.hub_epoch or not self._hub_is_online
         self.hub_epoch, self._hub_is_online = epoch, letter.online
         if not letter.online:
-            return
-        if not self._is_introduced:
+            self._birth_at = float("inf")
+        elif not self._is_introduced:
             self._introduce(now)
         elif has_restarted:
             # It may have missed anything; a whole fleet hears this at the same moment.
@@ -229,9 +228,12 @@ class Agent:
         self._say(birth)
         self._out.extend(self._outgoing.open_all(self.device, now))
 
-    def _on_welcome(self, letter: m.Welcome) -> None:
-        if not self._awaits_welcome or letter.epoch != self._link.epoch:
-            return  # A broker may deliver twice, and late; only the answer to this birth counts.
+    def is_welcomed(self, letter: m.Welcome) -> bool:
+        """Whether this answers its newest birth: a broker may deliver twice, and late."""
+        return self._awaits_welcome and letter.epoch == self._link.epoch
+
+    def _on_welcome(self, epoch: int, letter: m.Welcome) -> None:
+        self.hub_epoch, self._hub_is_online = epoch, True  # Its state may never have come.
         self._awaits_welcome = False
         in_hand = self.assignment
         if in_hand is not None and in_hand.attempt not in letter.open_attempts:

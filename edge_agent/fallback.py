@@ -128,9 +128,9 @@ class FallbackAgent:
                 self._on_neighbour(envelope, now)
                 return self._finish(now)
             case m.HubState() as letter:
-                self._hub.on_state(envelope.epoch, letter, now)
-                if self._hub.is_online:
-                    self._return(now)
+                self._hear_of_hub(envelope.epoch, letter, now)
+            case m.Welcome() as letter if self.agent.is_welcomed(letter):
+                self._hear_of_hub(envelope.epoch, m.HubState(online=True), now)
             case _:
                 pass
         self._take_agents(self.agent.on_message(envelope, now), now)
@@ -191,6 +191,11 @@ class FallbackAgent:
         self._take_peers(self.peer.on_link(self._link, now))
         for envelope in self._heard.values():
             self._take_peers(self.peer.on_message(envelope, now))
+
+    def _hear_of_hub(self, epoch: int, letter: m.HubState, now: float) -> None:
+        self._hub.on_state(epoch, letter, now)
+        if self._hub.is_online:
+            self._return(now)
 
     def _return(self, now: float) -> None:
         """The hub is back: peer no more, and keep what was learned for its next training."""

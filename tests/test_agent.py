@@ -11,12 +11,13 @@ from edge_agent.facts import AssignmentKept, Held, UpdateForgotten, UpdateKept
 from edge_agent.journal import Journal
 from edge_agent.trainer import fulfil
 from federation.protocol import messages as m
-from federation.protocol.effects import Record, Trained
+from federation.protocol.effects import Link, Record, Trained
 from federation.protocol.transfer import cut
 from tests.desk import (
     ATTEMPT,
     BASE,
     CONTENT,
+    SETTINGS,
     Counterpart,
     Desk,
     assignment,
@@ -136,6 +137,53 @@ def test_nothing_is_sent_while_the_link_or_the_hub_is_away_and_all_when_they_are
     (birth,) = desk.take(m.Birth)
     assert birth.finished == (ATTEMPT,)
     assert len(desk.take(m.UpdateOpen)) == 1
+
+
+def test_a_device_whose_broker_lost_the_hubs_state_is_born_and_takes_part():
+    """Without the hub's state it says its birth after a while, and the welcome says the rest."""
+    desk = Desk().boot()
+    desk.do(desk.agent.on_link(Link(is_up=True, epoch=desk.epoch), desk.now))
+    began = desk.now
+    desk.hear(assignment())
+    assert desk.take(m.BlobRequest) == []
+
+    desk.wake()
+    assert desk.now == began + SETTINGS.timeout_s
+    (birth,) = desk.take(m.Birth)
+    assert birth.working == ATTEMPT
+    desk.hear(m.Welcome(epoch=desk.epoch, open_attempts=(ATTEMPT,)), epoch=7)
+
+    assert len(desk.take(m.BlobRequest)) == 1
+    desk.hear(m.HubState(online=True), epoch=7)
+    desk.hear(m.Cancel(attempt=ATTEMPT, reason="of a hub before that one"), epoch=6)
+    assert desk.agent.assignment is not None
+    assert desk.take(m.Birth) == []
+
+
+def test_a_device_that_was_asked_for_its_birth_needs_no_other_sign_of_the_hub():
+    """After `Rebirth` and `Welcome` it fetches and uploads, though the hub's state never came."""
+    desk = Desk().boot()
+    desk.do(desk.agent.on_link(Link(is_up=True, epoch=desk.epoch), desk.now))
+    desk.hear(m.Rebirth(reason="who are you?"))
+    assert len(desk.take(m.Birth)) == 1
+
+    desk.hear(m.Welcome(epoch=desk.epoch))
+    desk.hear(assignment())
+
+    assert len(desk.take(m.BlobRequest)) == 1
+
+
+def test_a_device_that_knows_its_hub_to_be_away_waits_for_it():
+    """Where the broker says that the hub is away, no birth is said to nobody."""
+    desk = Desk().boot()
+    desk.do(desk.agent.on_link(Link(is_up=True, epoch=desk.epoch), desk.now))
+    desk.hear(m.HubState(online=False))
+    late = desk.now + 100 * SETTINGS.timeout_s
+
+    while desk.now < late:
+        desk.wake()
+
+    assert desk.take(m.Birth) == []
 
 
 def test_letters_of_a_replaced_hub_are_void():
