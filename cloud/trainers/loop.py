@@ -178,8 +178,9 @@ class Trainer:
     def _backward(self, places: NDArray[np.int64], weight: float) -> float:
         """Add the gradient of these samples, as a share of this rank's batch; their loss so."""
         x, y = self.task.train.batch(places)
-        outputs = self.task.model(as_input(x, self._compute)).float()
-        loss = self.task.loss(outputs, y) * weight
+        outputs, penalty = self.task.forward(as_input(x, self._compute))
+        loss = self.task.loss(outputs.float(), y)
+        loss = (loss if penalty is None else loss + penalty) * weight
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 

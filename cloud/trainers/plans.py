@@ -7,6 +7,7 @@ import msgspec
 
 from cloud.config import ModelChoice
 from federation.errors import ConfigError
+from moe_serving.models.config import ModelConfig
 
 
 def _above(field: str, value: float, bound: float) -> None:
@@ -106,15 +107,18 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class TrainPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One training at the hub, as `train.toml` says it.
 
-    `batch_size` is that of all processes together, cut into `accumulate` parts on each.
-    `precision` is what the model computes with; parameters and moments are float32. `seed`
-    decides the initial weights and the order of samples: with the same seed the same batches
-    are seen on any number of processes.
+    The model is either one of the zoo (`model`) or a mixture of experts (`moe`), whose balance
+    loss counts `balance`. `batch_size` is that of all processes together, cut into `accumulate`
+    parts on each. `precision` is what the model computes with; parameters and moments are
+    float32. `seed` decides the initial weights and the order of samples: with the same seed the
+    same batches are seen on any number of processes.
     """
 
     name: str
     data: DataPlan
-    model: ModelChoice
+    model: ModelChoice | None = None
+    moe: ModelConfig | None = None
+    balance: float = 0.01
     epochs: int = 1
     batch_size: int = 64
     accumulate: int = 1
@@ -125,6 +129,12 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     sparse: SparsePlan | None = None
 
     def __post_init__(self) -> None:
+        if (self.model is None) == (self.moe is None):
+            raise ConfigError(
+                "a training has a [model] of the zoo or a mixture of experts in [moe]; expected "
+                "one of them: give one"
+            )
+        _in_range("balance", self.balance, 0.0, 100.0)
         _in_range("epochs", self.epochs, 1, 100_000)
         _in_range("batch_size", self.batch_size, 1, 2**20)
         _in_range("accumulate", self.accumulate, 1, self.batch_size)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,10 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cloud.trainers.plans import DataPlan, TrainPlan
-from federation.datasets.cached import DataSet, load
-from federation.errors import ConfigError
-from federation.learning.models import build_model, initial_weights, load_weights
+IGNORED = -100
+"""The target of a place where nothing is to be predicted, as torch's losses have it."""
 
 
 class Samples(Protocol):
@@ -49,73 +46,26 @@ class Arrays:
 class Task:
     """One thing to learn.
 
-    `loss` is the mean over a batch, of the model's outputs (B, classes, ...) in float32 and the
-    targets (B, ...).
+    `forward` gives the model's outputs (B, classes, ...) of inputs, and what is added to the
+    loss whatever the targets (None: nothing). `loss` is the mean over a batch, of outputs in
+    float32 and targets (B, ...); a target of `IGNORED` counts nowhere.
     """
 
     model: nn.Module
     train: Samples
     test: Samples
-    loss: Callable[[Tensor, Tensor], Tensor]
+    forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """How a model does on samples: mean loss, and the share it predicts right (0 to 1)."""
+    """How a model does: mean loss (nats), and the share it predicts right (0 to 1)."""
 
     loss: float
     accuracy: float
-    samples: int
-
-
-def classification(plan: TrainPlan, cache: Path) -> Task:
-    """A model of the zoo on a data set with labels.
-
-    Raises:
-        ConfigError: clients to hold out that the set does not have.
-        DataError: a set that is unknown or was not fetched.
-    """
-    found = load(plan.data.set, cache=cache)
-    train, test = split(found, plan.data)
-    model = load_weights(build_model(plan.model), initial_weights(plan.model, plan.seed))
-    return Task(
-        model=model,
-        train=Arrays(found.x[train], found.y[train]),
-        test=Arrays(found.x[test], found.y[test]),
-        loss=cross_entropy,
-        labels=found.labels,
-    )
-
-
-def split(found: DataSet, plan: DataPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The places of the samples to train and to test on; they share none.
-
-    Raises:
-        ConfigError: clients to hold out that the set does not have.
-    """
-    if plan.held_out:
-        train, test = _by_client(found, plan.held_out)
-    elif found.test is not None:
-        train, test = found.train, found.test
-    else:
-        cut = len(found.y) - max(1, round(plan.test_share * len(found.y)))
-        train, test = np.arange(cut), np.arange(cut, len(found.y))
-    return (train[: plan.at_most] if plan.at_most else train), test
-
-
-def _by_client(
-    found: DataSet, held_out: tuple[str, ...]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    known = dict(zip(found.client_names, range(len(found.client_names)), strict=True))
-    if found.client is None or (unknown := [name for name in held_out if name not in known]):
-        asked = held_out[0] if found.client is None else unknown[0]
-        raise ConfigError(
-            f"data.held_out names {asked!r}; the clients of {found.name} are "
-            f"{', '.join(found.client_names) or 'not known'}: name some of them, or none"
-        )
-    is_held = np.isin(found.client, [known[name] for name in held_out])
-    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+    predictions: int
 
 
 def judge(task: Task, *, compute: torch.dtype, batch: int = 512) -> Judged:
@@ -127,13 +77,13 @@ def judge(task: Task, *, compute: torch.dtype, batch: int = 512) -> Judged:
         for start in range(0, len(task.test), batch):
             places = np.arange(start, min(start + batch, len(task.test)))
             x, y = task.test.batch(places)
-            outputs = task.model(as_input(x, compute)).float()
-            loss += float(task.loss(outputs, y)) * len(places)
-            predicted = outputs.argmax(1)
-            right += int((predicted == y).sum())
-            count += y.numel()
+            outputs = task.forward(as_input(x, compute))[0].float()
+            counted = int((y != IGNORED).sum())
+            loss += float(task.loss(outputs, y)) * counted
+            right += int((outputs.argmax(1) == y).sum())
+            count += counted
     task.model.train(was_training)
-    return Judged(loss / max(1, len(task.test)), right / max(1, count), len(task.test))
+    return Judged(loss / max(1, count), right / max(1, count), count)
 
 
 def as_input(x: Tensor, compute: torch.dtype) -> Tensor:

@@ -1,0 +1,1 @@
+"""What the hub can learn: models of the zoo, and mixtures of experts, each on real data."""
