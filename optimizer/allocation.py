@@ -1,0 +1,219 @@
+# ruff: noqa: N803, N806, N815 - capitals at the end of a name are the shape of its array
+"""From a problem to a plan with a proof: sweep, fix, and let the solver finish.
+
+`plan` is for people, `allocate` for planners that have narrowed the choice to a shortlist.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from federation.errors import Infeasible
+from optimizer import core as exact
+from optimizer.columns import Booleans, Columns, tabulate
+from optimizer.plan import Choice, Plan, Prices, WhyStopped
+from optimizer.pricing import Duals
+from optimizer.problem import Problem
+from optimizer.sweep import Selected, Sweep, core_of, relative_gap, sweep
+from optimizer.validation import check
+
+_PROVEN = 1e-7
+"""A relative gap this small is what the solver's own tolerances leave of a proof."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shortlist:
+    """Which (student, place) pairs stay for each user: [N, P], as `Layout.pair_R` numbers them.
+
+    Sitting out always stays.
+    """
+
+    pairs_NP: Booleans
+
+    @staticmethod
+    def everything(table: Columns) -> "Shortlist":
+        """No pair is left out."""
+        return Shortlist(np.ones((table.users, table.layout.pairs), bool))
+
+
+class Planner(Protocol):
+    """Whatever narrows the choice; the same allocator finishes every planner's plan."""
+
+    def choose(self, table: Columns) -> Shortlist:
+        """The pairs that stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard to try: the relative gap that is enough, the seconds, whether to ask the solver.
+
+    `clock` gives seconds from any beginning.
+    """
+
+    tolerance: float = 1e-3
+    time_limit_s: float = 5.0
+    with_solver: bool = True
+    clock: Callable[[], float] = time.monotonic
+
+
+def plan(
+    problem: Problem,
+    tolerance: float = 1e-3,
+    time_limit_s: float = 5.0,
+    *,
+    near: Prices | None = None,
+) -> Plan:
+    """The best plan of a round, or one that is proven to be close to it.
+
+    Args:
+        problem: The fleet and what is offered to it.
+        tolerance: The relative gap that is enough; 0 asks for the best.
+        time_limit_s: When to stop with the best plan known. It is checked between steps, so
+            that a first plan is always finished.
+        near: The prices of the last round: they save a turn where little has changed.
+
+    Raises:
+        InvalidProblem: naming every fault of the problem.
+        Infeasible: no plan keeps every rule.
+    """
+    check(problem)
+    effort = Effort(tolerance, time_limit_s)
+    return allocate(tabulate(problem), effort=effort, near=near)
+
+
+def allocate(
+    table: Columns,
+    shortlist: Shortlist | None = None,
+    *,
+    effort: Effort | None = None,
+    near: Prices | None = None,
+) -> Plan:
+    """The best plan among the pairs of a shortlist; bound and gap are those of the shortlist.
+
+    Raises:
+        Infeasible: no plan keeps every rule.
+    """
+    effort = effort or Effort()
+    begun = effort.clock()
+
+    def is_over() -> bool:
+        return effort.clock() - begun >= effort.time_limit_s
+
+    if shortlist is not None:
+        table = table.restrict(shortlist.pairs_NP)
+    _refuse_without_teacher(table)
+    state = sweep(table, effort.tolerance, is_over, _duals_of(table, near))
+    lower, why = state.lower, _why(state.gap, effort.tolerance)
+    if why is None and is_over():
+        why = "time limit"
+    if why is None and not effort.with_solver:
+        why = "no progress"
+    if why is None:
+        left_s = effort.time_limit_s - (effort.clock() - begun)
+        lower, why = _finish(state, exact.Limits(left_s, effort.tolerance))
+    if state.best.objective - table.penalty > -1e-9 and _breaks_a_rule(table, state.best):
+        raise Infeasible("no plan keeps every rule")
+    return _plan_of(table, state, lower, why)
+
+
+def _why(gap: float, tolerance: float) -> WhyStopped | None:
+    if gap <= _PROVEN:
+        return "optimal"
+    return "tolerance" if gap <= tolerance else None
+
+
+def _finish(state: Sweep, limits: exact.Limits) -> tuple[float, WhyStopped]:
+    """Solve the core; the sweep's own plan stands if nothing better is found."""
+    lower = state.lower
+    answer = exact.solve(state.table, core_of(state), limits, at_most=state.best.objective)
+    if answer is None:
+        return lower, "no solver"
+    state.offer(answer.selected)
+    lower = max(lower, min(state.best.objective, answer.bound))
+    gap = relative_gap(state.best.objective, lower)
+    return lower, _why(gap, limits.tolerance) or "time limit"
+
+
+def _duals_of(table: Columns, near: Prices | None) -> Duals | None:
+    if near is None or near.users == 0:
+        return None
+    gateways = [gateway.name for gateway in table.problem.gateways]
+    share = near.users / max(1, table.users)
+    uplink = [near.uplink.get(name, 0.0) * share for name in gateways]
+    return Duals(
+        np.array([*uplink, 0.0]),
+        near.server * share,
+        near.accuracy * share if table.is_floored else 0.0,
+    )
+
+
+def prices_of(table: Columns, duals: Duals, makespan_s: float) -> Prices:
+    """Prices under the gateways' names, as they can be told to devices."""
+    names = [gateway.name for gateway in table.problem.gateways]
+    uplink = dict(zip(names, duals.uplink_G[:-1].tolist(), strict=True))
+    return Prices(uplink, duals.server, duals.accuracy, table.time_price, makespan_s, table.users)
+
+
+def _refuse_without_teacher(table: Columns) -> None:
+    if not np.isfinite(table.seconds_offset) or table.seconds_offset > table.problem.deadline_s:
+        raise Infeasible("the teacher cannot train before the students")
+    if table.rows > table.users and not np.isfinite(table.seconds_NR[-1]).any():
+        raise Infeasible("the teacher cannot train beside the students")
+
+
+def _breaks_a_rule(table: Columns, best: Selected) -> bool:
+    return not np.isfinite(best.objective) or best.objective >= table.penalty
+
+
+def _plan_of(table: Columns, state: Sweep, lower: float, why: WhyStopped) -> Plan:
+    raw_N, rows = state.best.raw_N, np.arange(table.rows)
+    makespan_s = float(table.seconds_NR[rows, raw_N].max(initial=0.0))
+    choices = tuple(_choice(table, row, int(raw_N[row])) for row in range(table.users))
+    objective = state.best.objective + table.cost_offset
+    bound = min(objective, lower + table.cost_offset)
+    has_teacher = table.rows > table.users
+    units = int(table.layout.server_R[raw_N[-1]]) if has_teacher else table.teacher_units_before
+    teacher_s = float(table.seconds_NR[-1, raw_N[-1]]) if has_teacher else table.seconds_offset
+    before_j = table.teacher_units_before * table.seconds_offset
+    return Plan(
+        choices=choices,
+        makespan_s=makespan_s + table.seconds_offset,
+        energy_j=float(table.energy_NR[rows, raw_N].sum()),
+        server_energy_j=float(table.server_energy_NR[rows, raw_N].sum())
+        + before_j * table.problem.server.watts_per_unit,
+        accuracy=sum(choice.accuracy for choice in choices) / max(1, table.users),
+        objective=objective,
+        bound=bound,
+        gap=relative_gap(objective, bound),
+        prices=prices_of(table, state.duals, makespan_s),
+        why_stopped=why,
+        teacher_units=units,
+        teacher_s=teacher_s,
+    )
+
+
+def _choice(table: Columns, row: int, raw: int) -> Choice:
+    user, layout, problem = table.problem.users[row], table.layout, table.problem
+    place, mode, student = layout.place_of(raw), int(layout.mode_R[raw]), int(layout.student_R[raw])
+    accuracy = float(table.accuracy_NR[row, raw])
+    if place == "out":
+        return Choice(user.name, "out", accuracy=accuracy)
+    sent = problem.students[student].update_bytes
+    if place == "twin":
+        sent = user.twin.unseen_bytes if user.twin is not None else 0.0
+    return Choice(
+        user=user.name,
+        place=place,
+        student=problem.students[student].name,
+        mode=user.modes[mode].name if place == "device" else None,
+        server_units=int(layout.server_R[raw]),
+        uplink_units=int(layout.uplink_R[raw]),
+        seconds=float(table.seconds_NR[row, raw]),
+        energy_j=float(table.energy_NR[row, raw]),
+        server_energy_j=float(table.server_energy_NR[row, raw]),
+        accuracy=accuracy,
+        bytes_up=float(sent),
+    )
