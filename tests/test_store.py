@@ -50,6 +50,7 @@ def test_every_kind_of_fact_is_told_in_the_log(store: Store, registry: Registry)
     """Each fact but a chunk becomes one event, in order; none holds bytes."""
     history = with_open_round(store)
     history.present("d1", "lost")
+    history.note(f.DeviceReported("d1", 1, {"enabled": "applied"}, {"settings": {}}, 2.0))
     history.note(f.Waiting("demo", 1, "updates", "0 of 2 are in", 60.0, 3.0))
     history.mark("demo_1_d1", "training", "")
     send(history, "demo_1_d2")

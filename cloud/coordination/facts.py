@@ -6,7 +6,7 @@ crash.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from cloud.config import RunPlan
 from cloud.coordination.rounds import Attempt, Status
@@ -30,6 +30,17 @@ class PresenceChanged:
     device: str
     epoch: int
     state: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReported:
+    """A device said how it is set up, and what it made of each key that is desired of it."""
+
+    device: str
+    applied: int
+    results: dict[str, str]
+    document: dict[str, Any]
     at: float
 
 
@@ -108,7 +119,8 @@ class UpdateAccepted:
     """An update that counts, exactly once; its bytes are the chunks stored under its digest.
 
     `run` and `round` are those it was made for; `counts_in` is the round it is added to,
-    which is a later one for a late update that was kept.
+    which is a later one for a late update that was kept. `opened_at` is when its first letter
+    came; None where an earlier hub took that.
     """
 
     attempt: str
@@ -119,6 +131,7 @@ class UpdateAccepted:
     report: Report
     counts_in: int
     at: float
+    opened_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +193,7 @@ class LetterRefused:
 HubFact: TypeAlias = (
     DeviceBorn
     | PresenceChanged
+    | DeviceReported
     | RunOpened
     | RunEnded
     | RoundOpened

@@ -52,7 +52,7 @@ class Intake:
             return
         try:
             up.check_announced(letter, self._largest_update())
-            upload = self._uploads.open(letter)
+            upload = self._uploads.open(letter, now)
             if letter.inline is not None and self._shares_memory:
                 self._take_whole(upload, letter.inline)
             elif letter.inline is not None:
@@ -142,6 +142,7 @@ class Intake:
                 report=upload.report,
                 counts_in=run.number if run.round is not None else run.number + 1,
                 at=now,
+                opened_at=upload.opened_at,
             )
         )
         self._acknowledge(device, attempt, digest, "stored", "")

@@ -16,11 +16,12 @@ MAX_RESTARTS = 3
 
 @dataclass(slots=True)
 class Upload:
-    """One update that is on its way."""
+    """One update that is on its way; `opened_at` is None where an earlier hub opened it."""
 
     content: Content
     report: Report
     incoming: Incoming
+    opened_at: float | None = None
     restarts: int = 0
 
 
@@ -38,7 +39,7 @@ class Uploads:
         upload = self._by_attempt.get(attempt)
         return upload if upload is not None and upload.content.digest == digest else None
 
-    def open(self, letter: UpdateOpen) -> Upload:
+    def open(self, letter: UpdateOpen, now: float) -> Upload:
         """Begin an upload, or go on with it where the same content is already under way.
 
         Raises:
@@ -46,7 +47,7 @@ class Uploads:
         """
         upload = self._by_attempt.get(letter.attempt)
         if upload is None or upload.content != letter.content:
-            upload = Upload(letter.content, letter.report, Incoming(letter.content))
+            upload = Upload(letter.content, letter.report, Incoming(letter.content), now)
             self._by_attempt[letter.attempt] = upload
         return upload
 

@@ -29,6 +29,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from cloud.config import RunPlan
 from cloud.coordination.rounds import Status
 from federation.protocol.messages import Capability, Report, Verdict
+from twin.forecast import Forecast
+from twin.model import Trial, TwinModel
+from twin.shadow import Change, Shadow
 
 Value = TypeVar("Value")
 
@@ -57,7 +60,7 @@ class Document(TypeDecorator[Value], Generic[Value]):
         """The record in this text."""
         if value is None:
             return None
-        return msgspec.convert(json.loads(value), self.kind, dec_hook=_from_text)
+        return msgspec.convert(json.loads(value), self.kind, dec_hook=_from_text, str_keys=True)
 
 
 SERIAL = BigInteger().with_variant(Integer, "sqlite")
@@ -275,3 +278,69 @@ class Event(Base):
     round: Mapped[int]
     device: Mapped[str]
     detail: Mapped[dict[str, Any]] = mapped_column(Document(dict[str, Any]))
+
+
+class Twin(Base):
+    """The twin of a device: its shadow as it is now, and what is estimated of it.
+
+    `desired_version` repeats the shadow's, for a hub that looks for whom it has wishes.
+    """
+
+    __tablename__ = "twins"
+
+    device: Mapped[str] = mapped_column(primary_key=True)
+    revision: Mapped[int]
+    desired_version: Mapped[int] = mapped_column(index=True)
+    modified_at: Mapped[float]
+    shadow: Mapped[Shadow] = mapped_column(Document(Shadow))
+    model: Mapped[TwinModel] = mapped_column(Document(TwinModel))
+
+
+class TwinChange(Base):
+    """One revision of a shadow: what was changed, by whom, and why."""
+
+    __tablename__ = "twin_changes"
+
+    device: Mapped[str] = mapped_column(ForeignKey("twins.device"), primary_key=True)
+    revision: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    received_at: Mapped[float]
+    change: Mapped[Change] = mapped_column(Document(Change))
+
+
+class TwinSnapshot(Base):
+    """A shadow as it once was, whole: where a look into the past begins."""
+
+    __tablename__ = "twin_snapshots"
+
+    device: Mapped[str] = mapped_column(ForeignKey("twins.device"), primary_key=True)
+    revision: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    received_at: Mapped[float]
+    shadow: Mapped[Shadow] = mapped_column(Document(Shadow))
+
+
+class TwinForecast(Base):
+    """What a twin said of a device's part in a round as it opened, and what came of it.
+
+    `outcome` is None while the part is open; `trial` has the moments seen so far.
+    """
+
+    __tablename__ = "twin_forecasts"
+    __table_args__ = (Index(None, "device", "asked_at"),)
+
+    run: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    device: Mapped[str] = mapped_column(primary_key=True)
+    asked_at: Mapped[float]
+    outcome: Mapped[str | None] = mapped_column(index=True)
+    trial: Mapped[Trial] = mapped_column(Document(Trial))
+    forecast: Mapped[Forecast | None] = mapped_column(Document(Forecast))
+
+
+class TwinFollowing(Base):
+    """How far the twins have followed the log, and what is estimated of the fleet: one row."""
+
+    __tablename__ = "twin_following"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    event: Mapped[int]
+    fleet: Mapped[TwinModel] = mapped_column(Document(TwinModel))
