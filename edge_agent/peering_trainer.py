@@ -1,25 +1,16 @@
-"""What a peer's trainer does beside training: keep validation data back, and mix models.
+"""What a peer's trainer does beside training: mix models, and judge them on held-out samples.
 
 `carry_out` is called by the trainer's process on a device, and by the simulation.
 """
 
 from federation.errors import CodecError, HeadwaterError
 from federation.learning.data import LocalData
+from federation.learning.fulfilment import held_apart
 from federation.learning.mixers import mixer_named
 from federation.learning.mixers.record import MixRule
-from federation.learning.mixing import mix, validation_split
+from federation.learning.mixing import mix
 from federation.protocol.codec import Weights, decode, encode
 from federation.protocol.effects import Mix, Mixed
-from federation.protocol.messages import HoldOut, LocalPlan
-
-
-def training_part(data: LocalData, plan: LocalPlan) -> LocalData:
-    """The samples a plan lets be trained on.
-
-    Raises:
-        TrainingError: too few samples to hold any out, or a share out of range.
-    """
-    return data if plan.hold_out is None else _split(data, plan.hold_out)[0]
 
 
 def carry_out(task: Mix, data: LocalData) -> Mixed:
@@ -58,7 +49,7 @@ def _mix(task: Mix, data: LocalData) -> Mixed:
         decode(task.own),
         received,
         decode(task.trust) if task.trust else {},
-        _split(data, task.hold_out)[1],
+        held_apart(data, task.hold_out)[1],
         task.model,
         me=task.me,
         round=task.round - 1,
@@ -71,7 +62,3 @@ def _mix(task: Mix, data: LocalData) -> Mixed:
         row={**mixed.row, **dict.fromkeys(unreadable, 0.0)},
         refused={**mixed.refused, **unreadable},
     )
-
-
-def _split(data: LocalData, hold_out: HoldOut) -> tuple[LocalData, LocalData]:
-    return validation_split(data, hold_out.share, round=hold_out.turn, every=1)

@@ -1,6 +1,6 @@
 """The trainer: what turns an assignment and a base into an encoded update.
 
-`fulfil` is that, and `fulfil_all` is it for many at once: the simulation calls it.
+`fulfil` is that; `federation.learning.fulfilment` does it for many at once.
 `python -m edge_agent.trainer` is the child process in which a device calls `fulfil`, so that
 torch's memory goes when the child goes.
 """
@@ -12,10 +12,9 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -35,20 +34,18 @@ from edge_agent.frames import (
     read_order,
     write_frame,
 )
-from edge_agent.peering_trainer import carry_out, training_part
+from edge_agent.peering_trainer import carry_out
 from federation.errors import CodecError, HeadwaterError, StoreError
 from federation.learning.checkpoint import Checkpoint
 from federation.learning.data import LocalData, load_entry, load_folder
-from federation.learning.submodel import RESIDUAL, within
+from federation.learning.fulfilment import answer, training_part
 from federation.learning.training import (
     UNWATCHED,
-    LocalResult,
     StoppedError,
     Supervision,
     train_locally,
 )
-from federation.learning.uplink import pack_update
-from federation.protocol.codec import Weights, decode, digest_of, encode
+from federation.protocol.codec import decode, digest_of
 from federation.protocol.effects import Mixed, Trained
 from federation.protocol.messages import Assignment
 
@@ -136,60 +133,6 @@ def fulfil(
     return trained
 
 
-def fulfil_all(
-    jobs: Sequence[tuple[Assignment, bytes, LocalData, bytes]],
-    *,
-    exact: bool = False,
-    accelerator: str = "auto",
-    threads: int = 1,
-    in_place: bool = False,
-) -> list[Trained]:
-    """What `fulfil` gives for each of these jobs, in their order; they are trained together.
-
-    A job that fails says so in its place, and the others never notice.
-
-    Args:
-        jobs: assignment, encoded base, local samples and memory, as `fulfil` takes them. A base
-            that is many jobs' is decoded once.
-        exact: give the very bits of `fulfil`; otherwise weights agree to 1e-5.
-        accelerator: "cpu", "cuda", or "auto": CUDA where torch finds it.
-        threads: how many cores torch may use.
-        in_place: leave updates where they are, if whoever takes them shares this memory.
-
-    Raises:
-        ConfigError: an accelerator that is not there.
-    """
-    from federation.learning.cohort import Task, train_cohort
-
-    tasks: dict[int, Task] = {}
-    done: dict[int, Trained] = {}
-    for place, (assignment, base, data, memory) in enumerate(jobs):
-        try:
-            kept = decode(memory) if memory else {}
-            samples = training_part(data, assignment.plan)
-            tasks[place] = Task(_decoded(base), samples, assignment.plan, kept)
-        except HeadwaterError as error:
-            done[place] = Trained(assignment.attempt, failure=str(error))
-    results = train_cohort(
-        list(tasks.values()), exact=exact, accelerator=accelerator, threads=threads
-    )
-    for (place, task), result in zip(tasks.items(), results, strict=True):
-        assignment = jobs[place][0]
-        try:
-            if isinstance(result, HeadwaterError):
-                raise result
-            done[place] = _answer(assignment, task.weights, task.memory, result, in_place=in_place)
-        except HeadwaterError as error:
-            done[place] = Trained(assignment.attempt, failure=str(error))
-    return [done[place] for place in range(len(jobs))]
-
-
-@lru_cache(maxsize=2)
-def _decoded(base: bytes) -> Weights:
-    """The tensors of a base that many ask for one after the other; nobody changes them."""
-    return decode(base)
-
-
 def _train(
     assignment: Assignment,
     base: bytes,
@@ -204,29 +147,7 @@ def _train(
     result = train_locally(
         weights, samples, plan, memory=kept, supervision=supervision, resume=resume
     )
-    return _answer(assignment, weights, kept, result)
-
-
-def _answer(
-    assignment: Assignment,
-    weights: Weights,
-    kept: Weights,
-    result: LocalResult,
-    *,
-    in_place: bool = False,
-) -> Trained:
-    """The letter's worth of a training: the update as the plan wants it, and what stays here."""
-    plan, missed = assignment.plan, within(kept, RESIDUAL)
-    update, residual = pack_update(
-        result.weights, weights, plan, missed, result.state, in_place=in_place
-    )
-    left = {**result.memory, **{f"{RESIDUAL}/{name}": part for name, part in residual.items()}}
-    return Trained(
-        assignment.attempt,
-        update=update,
-        report=result.report,
-        memory=encode(left) if left else b"",
-    )
+    return answer(assignment, weights, kept, result)
 
 
 def _identity(assignment: Assignment, base: bytes, data: LocalData, memory: bytes) -> str:

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.trainer import fulfil, fulfil_all
+from edge_agent.trainer import fulfil
 from federation.errors import ConfigError, HeadwaterError
 from federation.learning.cohort import Task, feed, train_cohort, training
 from federation.learning.cohort.shuffling import Shuffles
 from federation.learning.data import LocalData
+from federation.learning.fulfilment import fulfil_all
 from federation.learning.methods import METHODS
 from federation.learning.models import initial_weights, input_shape
 from federation.learning.training import LocalResult, train_locally

@@ -14,6 +14,11 @@ from federation.protocol.codec import layer_of
 
 Tensor = TypeVar("Tensor")
 
+TAUGHT = "taught"
+"""Tensors of this prefix lie beside one device's base: what its teacher says of each of its local
+samples, `taught/<what>` of shape (N, ...), and in `taught/digest` which samples those are. They
+go to the device, and nothing of that name comes back."""
+
 _LEVEL = re.compile(r"(?:stage|exit)([1-9]\d*)(?:[._]|$)")
 
 
@@ -50,8 +55,19 @@ def model_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def method_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that travel beside the model, in order."""
-    return {name: tensor for name, tensor in tensors.items() if "/" in name}
+    """The tensors that travel beside the model and back, in order."""
+    return {n: t for n, t in tensors.items() if "/" in n and not n.startswith(f"{TAUGHT}/")}
+
+
+def taught_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a teacher says to one device, in order."""
+    return {n: t for n, t in tensors.items() if n.startswith(f"{TAUGHT}/")}
+
+
+def sample_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of that, what has a row for each local sample, by its name without the prefix."""
+    said = {n.removeprefix(f"{TAUGHT}/"): t for n, t in taught_part(tensors).items()}
+    return {name: tensor for name, tensor in said.items() if name != "digest"}
 
 
 def level_of(layer: str) -> int | None:

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from federation.errors import TrainingError
 from federation.learning.checkpoint import Checkpoint, Progress
 from federation.learning.data import LocalData
-from federation.learning.layers import method_part, model_part
+from federation.learning.layers import method_part, model_part, sample_part
 from federation.learning.methods import method_named
 from federation.learning.plans import out_of_range
+from federation.learning.samples import check_taught
 from federation.learning.submodel import local_weights, own_weights, starting_weights
 from federation.protocol.codec import Weights
 from federation.protocol.messages import LocalPlan, Report
@@ -107,6 +108,7 @@ def train_locally(
     from federation.learning.models import check_samples
 
     check_samples(plan.model, data)
+    check_taught(weights, data)
     with torch_threads(supervision.threads):
         run = _Run(weights, data, plan, kept, resume)
         progress = _loop(run, total, supervision)
@@ -188,6 +190,7 @@ class _Run:
         load_weights(self.model, base)
         self.base = _flatten(self.model)
         self.objective = _objective(self.model, self.base, data, plan, weights, memory)
+        self.is_taught = bool(sample_part(weights))
         start = starting_weights(base, memory) if resume is None else resume.weights
         load_weights(self.model, start)
         self.flat = _flatten(self.model)
@@ -216,7 +219,8 @@ class _Run:
         np.take(self.data.x, indices, axis=0, out=x.numpy(), mode="clip")
         np.take(self.data.y, indices, out=labels.numpy(), mode="clip")
         features, logits, exits = self._forward(x)
-        loss = self.objective.output(Pass(x, labels, features, logits, exits))
+        places = torch.from_numpy(indices) if self.is_taught else None
+        loss = self.objective.output(Pass(x, labels, features, logits, exits, indices=places))
         self.gradient.zero_()
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -225,6 +229,8 @@ class _Run:
                 value += float(term(self.flat, self.base, self.gradient))
             if self.plan.weight_decay:
                 self.gradient.add_(self.flat, alpha=self.plan.weight_decay)
+            for window in self.objective.resting:
+                self.gradient[window] = 0.0
             self.velocity.mul_(self.plan.momentum).add_(self.gradient)
             self.flat.add_(self.velocity, alpha=-self.plan.learning_rate)
             return value, int((logits.argmax(1) == labels).sum().item())
@@ -337,6 +343,7 @@ def _objective(
         base=base,
         state={name: torch.tensor(value) for name, value in method_part(weights).items()},
         memory={name: torch.tensor(value) for name, value in memory.items()},
+        taught={name: torch.tensor(value) for name, value in sample_part(weights).items()},
     )
     return OBJECTIVES[method.loss](scene)
 

@@ -2,6 +2,9 @@
 
 No model of the zoo has batch statistics, since averages of them over devices that differ mean
 little: group normalisation stands in (arXiv:1910.00189). All state is parameters.
+
+A model with `projected` features is a student's: before its classifier, which is then as wide as
+its teacher's, a projector brings its own features to that width (SimKD, in arXiv:2303.06155).
 """
 
 from collections.abc import Mapping
@@ -33,13 +36,29 @@ def _linear(sizes: Sizes) -> nn.Module:
     return named(flat=nn.Flatten(), classifier=nn.Linear(sizes["inputs"], sizes["classes"]))
 
 
+def _head(features: int, sizes: Sizes) -> dict[str, nn.Module]:
+    """The classifier; before it, in a student with `projected` sizes, the projector (SimKD)."""
+    if not (width := sizes["projected"]):
+        return {"classifier": nn.Linear(features, sizes["classes"])}
+    return {
+        "projector": nn.Linear(features, width),
+        "projected": nn.ReLU(),
+        "classifier": nn.Linear(width, sizes["classes"]),
+    }
+
+
 def _mlp(sizes: Sizes) -> nn.Module:
-    return named(
-        flat=nn.Flatten(),
-        hidden=nn.Linear(sizes["inputs"], sizes["hidden"]),
-        relu=nn.ReLU(),
-        classifier=nn.Linear(sizes["hidden"], sizes["classes"]),
-    )
+    modules: dict[str, nn.Module] = {
+        "flat": nn.Flatten(),
+        "hidden": nn.Linear(sizes["inputs"], sizes["hidden"]),
+        "relu": nn.ReLU(),
+    }
+    features = sizes["hidden"]
+    if sizes["hidden2"]:
+        modules["hidden2"] = nn.Linear(features, sizes["hidden2"])
+        modules["relu2"] = nn.ReLU()
+        features = sizes["hidden2"]
+    return named(**modules, **_head(features, sizes))
 
 
 def _cnn(sizes: Sizes) -> nn.Module:
@@ -57,7 +76,7 @@ def _cnn(sizes: Sizes) -> nn.Module:
         pooled=nn.Flatten(),
         hidden=nn.Linear(2 * filters * pooled, sizes["hidden"]),
         relu3=nn.ReLU(),
-        classifier=nn.Linear(sizes["hidden"], sizes["classes"]),
+        **_head(sizes["hidden"], sizes),
     )
 
 
@@ -74,8 +93,8 @@ def _conv1d(sizes: Sizes) -> nn.Module:
         modules[f"norm{number}"] = group_norm(filters, sizes)
         modules[f"relu{number}"] = nn.ReLU()
         channels = filters
-    classifier = nn.Linear(channels, sizes["classes"])
-    return named(**modules, mean=nn.AdaptiveAvgPool1d(1), out=nn.Flatten(), classifier=classifier)
+    modules |= {"mean": nn.AdaptiveAvgPool1d(1), "out": nn.Flatten()}
+    return named(**modules, **_head(channels, sizes))
 
 
 def _rebafl_cnn(sizes: Sizes) -> nn.Module:
@@ -115,11 +134,18 @@ PLAIN: Mapping[str, Architecture] = MappingProxyType(
             _linear,
         ),
         "mlp": Architecture(
-            "one hidden layer; the defaults fit the 8x8 digits",
-            {"inputs": 64, "hidden": 32, "classes": 10, "narrow": 0},
+            "one hidden layer, or two; the defaults fit the 8x8 digits",
+            {
+                "inputs": 64,
+                "hidden": 32,
+                "classes": 10,
+                "narrow": 0,
+                "hidden2": 0,
+                "projected": 0,
+            },
             flat_input,
             _mlp,
-            widths=("hidden",),
+            widths=("hidden", "hidden2"),
         ),
         "cnn": Architecture(
             "two convolutions and two dense layers, after arXiv:1602.05629, section 3",
@@ -131,6 +157,7 @@ PLAIN: Mapping[str, Architecture] = MappingProxyType(
                 "hidden": 128,
                 "classes": 10,
                 "narrow": 0,
+                "projected": 0,
             },
             image_input,
             _cnn,
@@ -138,7 +165,14 @@ PLAIN: Mapping[str, Architecture] = MappingProxyType(
         ),
         "conv1d": Architecture(
             "three strided convolutions over a window of sensor readings, time first",
-            {"length": 100, "channels": 6, "filters": 32, "classes": 7, "narrow": 0},
+            {
+                "length": 100,
+                "channels": 6,
+                "filters": 32,
+                "classes": 7,
+                "narrow": 0,
+                "projected": 0,
+            },
             window_input,
             _conv1d,
             widths=("filters",),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from edge_agent.trainer import fulfil_all
 from federation.learning.data import LocalData
+from federation.learning.fulfilment import fulfil_all
 from federation.protocol.effects import Trained
 from federation.protocol.messages import Assignment
 from simulations.workshop.cohorts import ALONE, CohortRule

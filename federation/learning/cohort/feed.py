@@ -21,6 +21,8 @@ LAID_OUT_BYTES = 1 << 25
 class Batch:
     """One step of A members: samples (A, B, entries), labels (A, B), shares (A, B), sizes (A,).
 
+    `indices`, (A, B), say which of a member's samples these are.
+
     A member with fewer than B samples in this step is filled up with one of its own, whose share
     in the mean is 0.
     """
@@ -29,6 +31,7 @@ class Batch:
     labels: Tensor
     shares: Tensor
     sizes: Tensor
+    indices: Tensor
 
 
 class Feed:
@@ -84,9 +87,14 @@ class Feed:
         shares = within / sizes[..., None]
         x = torch.from_numpy(self._samples[:active, :count]).to(self._device)
         labels = torch.from_numpy(self._labels[:active, :count]).to(self._device)
+        indices = torch.from_numpy(self._index[:active, :count]).to(self._device)
         for step, width in enumerate(widths):
             yield Batch(
-                x[:, step, :width], labels[:, step, :width], shares[:, step, :width], sizes[:, step]
+                x[:, step, :width],
+                labels[:, step, :width],
+                shares[:, step, :width],
+                sizes[:, step],
+                indices[:, step, :width],
             )
 
     def _lay_out(self, row: int, count: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from federation.learning.cohort.task import Member
-from federation.learning.layers import method_part
+from federation.learning.layers import method_part, sample_part
 from federation.learning.losses.objective import Scene
 from federation.learning.methods import method_named
 from federation.learning.models import ForwardPass
@@ -27,6 +27,7 @@ def scene_of(members: Sequence[Member], model: nn.Module, base: Tensor) -> Scene
         name: torch.from_numpy(np.stack([member.remembered[name] for member in members]))
         for name in members[0].remembered
     }
+    taught = {name: _side_by_side(members, name) for name in sample_part(task.weights)}
     return Scene(
         plan=task.plan,
         params=method_named(task.plan.method).settings(task.plan.params),
@@ -35,7 +36,17 @@ def scene_of(members: Sequence[Member], model: nn.Module, base: Tensor) -> Scene
         base=base,
         state=state,
         memory=memory,
+        taught=taught,
     )
+
+
+def _side_by_side(members: Sequence[Member], name: str) -> Tensor:
+    """What teachers say of all samples, (K, N, ...), 0 where a member has fewer than N."""
+    each = [sample_part(member.task.weights)[name] for member in members]
+    said = torch.zeros((len(members), max(map(len, each)), *each[0].shape[1:]))
+    for row, tensor in enumerate(each):
+        said[row, : len(tensor)] = torch.from_numpy(tensor)
+    return said
 
 
 def part_of(scene: Scene, rows: slice, device: torch.device = CPU) -> Scene:
@@ -50,6 +61,7 @@ def part_of(scene: Scene, rows: slice, device: torch.device = CPU) -> Scene:
         base=scene.base[rows].to(device),
         state=part(scene.state),
         memory=part(scene.memory),
+        taught=part(scene.taught),
     )
 
 

@@ -142,14 +142,16 @@ class Stack:
         plan, rows = scene.plan, len(flat)
         gradient, velocity = self._gradient[:rows], self._velocity[:rows]
         features, logits, exits = self._forward(batch.x)
-        done = Pass(batch.x, batch.labels, features, logits, exits, batch.shares)
+        done = Pass(batch.x, batch.labels, features, logits, exits, batch.shares, batch.indices)
         loss = objective.output(done)
         found = torch.autograd.grad(
             loss.sum(), self._parameters, allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
             value = loss.detach()
-            if not (objective.on_weights or plan.weight_decay or plan.momentum):
+            if not (
+                objective.on_weights or objective.resting or plan.weight_decay or plan.momentum
+            ):
                 # Parameters are windows on `flat`: that is the step, in one pass.
                 torch._foreach_add_(self._parameters, found, alpha=-plan.learning_rate)
             else:
@@ -158,6 +160,8 @@ class Stack:
                     value = value + term(flat, scene.base, gradient)
                 if plan.weight_decay:
                     gradient.add_(flat, alpha=plan.weight_decay)
+                for window in objective.resting:
+                    gradient[:, window] = 0.0
                 if plan.momentum:
                     gradient = velocity.mul_(plan.momentum).add_(gradient)
                 flat.add_(gradient, alpha=-plan.learning_rate)

@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from federation.learning.data import LocalData
-from federation.learning.layers import method_part
+from federation.learning.layers import method_part, sample_part
 from federation.learning.losses import LIKENESSES
 from federation.learning.methods import method_named
 from federation.learning.models import check_samples, sizes_of
+from federation.learning.samples import check_taught
 from federation.learning.submodel import OWN, RESIDUAL
 from federation.learning.training import count_steps, total_steps
 from federation.protocol.codec import Weights
@@ -70,6 +71,7 @@ class Sorter:
             total_steps(plan, samples)
             method_named(plan.method).settings(plan.params)
             classes = self._classes[kind, entries] = sizes_of(plan.model)["classes"]
+        check_taught(task.weights, data)
         if samples == 0 or data.y.min() < 0 or data.y.max() >= classes:
             check_samples(plan.model, data)
         counts = np.bincount(data.y, minlength=classes).astype(np.float32)
@@ -102,6 +104,7 @@ def _likeness(member: Member) -> Hashable:
         tuple(sorted((name, tensor.shape) for name, tensor in member.remembered.items())),
         # What the hub sends beside the model is looked at as one.
         id(task.weights) if method_part(task.weights) else 0,
+        tuple((name, said.shape[1:]) for name, said in sample_part(task.weights).items()),
         counted(torch.from_numpy(member.counts)) if counted is not None else 0,
     )
 

@@ -9,6 +9,7 @@ from federation.learning.losses import (
     distilled,
     exits,
     prototypes,
+    taught,
     terms,
 )
 from federation.learning.losses.objective import BuildObjective, Likeness
@@ -21,6 +22,7 @@ OBJECTIVES: Mapping[str, BuildObjective] = MappingProxyType(
         **corrected.OBJECTIVES,
         **distilled.OBJECTIVES,
         **exits.OBJECTIVES,
+        **taught.OBJECTIVES,
     }
 )
 """Builds an objective from what there is to look at before the first step."""

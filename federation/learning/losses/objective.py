@@ -29,7 +29,7 @@ class Pass:
     `features`, (B, d), is what the classifier gets; `logits` are (B, classes). `exits` are the
     logits of every exit of a model that has several, the deepest last; else it is empty.
     `shares`, (K, B), are of K devices only: the part of each sample in its device's mean, 0
-    where a smaller batch is filled up.
+    where a smaller batch is filled up. `indices`, (B,), say which of the local samples these are.
     """
 
     x: Tensor
@@ -38,6 +38,7 @@ class Pass:
     logits: Tensor
     exits: tuple[Tensor, ...] = ()
     shares: Tensor | None = None
+    indices: Tensor | None = None
 
 
 def batch_mean(values: Tensor, shares: Tensor | None) -> Tensor:
@@ -70,7 +71,8 @@ class Scene:
     samples of each class. `model` is the one in training, with the weights it begins from;
     its last module is `classifier`. `base` is those weights as one vector (P,), in the order of
     `model.named_parameters()`. `state` are the hub's tensors beside the model, `memory` what
-    this device kept of its last training in the same run, both by name.
+    this device kept of its last training in the same run, both by name. `taught`, (N, ...), are
+    those of the hub's tensors that say something of each of the N local samples.
     """
 
     plan: LocalPlan
@@ -80,6 +82,7 @@ class Scene:
     base: Tensor
     state: Mapping[str, Tensor]
     memory: Mapping[str, Tensor]
+    taught: Mapping[str, Tensor] = field(default_factory=dict)
 
     def flat(self, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
         """The tensors `<prefix>/<parameter>` as one vector (P,); zero where there is none."""
@@ -104,13 +107,19 @@ class Scene:
             parameter.data.copy_(piece)
         return teacher
 
-    def _pieces(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's part of a vector (P,), in its shape, by the parameter's name."""
+    def windows(self) -> Iterator[tuple[str, slice]]:
+        """Each parameter's part of a vector (P,), by the parameter's name."""
         start, devices = 0, max(1, math.prod(self.base.shape[:-1]))
         for name, parameter in self.model.named_parameters():
             stop = start + parameter.numel() // devices
-            yield name, flat[..., start:stop].reshape(parameter.shape)
+            yield name, slice(start, stop)
             start = stop
+
+    def _pieces(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's part of a vector (P,), in its shape, by the parameter's name."""
+        shapes = [parameter.shape for parameter in self.model.parameters()]
+        for (name, window), shape in zip(self.windows(), shapes, strict=True):
+            yield name, flat[..., window].reshape(shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,11 +152,15 @@ class Leavings:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """One term over a forward pass, terms over weights, and what to do at the end."""
+    """One term over a forward pass, terms over weights, and what to do at the end.
+
+    `resting` are windows of the weights (P,) that no step changes, by weight decay neither.
+    """
 
     output: OutputTerm
     on_weights: tuple[WeightTerm, ...] = ()
     finish: Callable[[Ending], Leavings] | None = None
+    resting: tuple[slice, ...] = ()
 
 
 Likeness: TypeAlias = Callable[[Tensor], int]

@@ -13,6 +13,7 @@ from federation.learning.methods import (
     distilled,
     layerwise,
     robust,
+    taught,
 )
 from federation.learning.methods.record import Method
 
@@ -28,6 +29,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             adaptive,
             robust,
             buffered,
+            taught,
         )
         for method in family.METHODS
     }

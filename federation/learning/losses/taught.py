@@ -1,0 +1,87 @@
+"""Losses of a student whose teacher stays elsewhere: its answers come as labels of the samples.
+
+Where no answers came, a student learns from its own labels alone, by cross entropy.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from federation.errors import TrainingError
+from federation.learning.losses.objective import (
+    BuildObjective,
+    Objective,
+    OutputTerm,
+    Pass,
+    Scene,
+    batch_mean,
+)
+from federation.learning.losses.terms import cross_entropy, divergence, number_in
+
+FEATURES, LOGITS = "features", "logits"
+"""What a teacher may say of a sample: what its classifier got, (N, d), and gave, (N, classes)."""
+
+_MIN_TEMPERATURE = 1e-3
+
+
+def said_of(taught: Tensor, done: Pass) -> Tensor:
+    """The rows of this batch: (B, ...) of (N, ...), or (K, B, ...) of (K, N, ...)."""
+    if done.indices is None:
+        raise TrainingError("this pass does not say of which samples it is: train with the loop")
+    if done.indices.ndim == 1:
+        return taught[done.indices]
+    devices = torch.arange(len(taught), device=taught.device)
+    return taught[devices[:, None], done.indices]
+
+
+def logit_distillation(taught: Tensor, tau: float, weight: float) -> OutputTerm:
+    """Cross entropy + weight tau^2 KL(teacher || student), both at temperature tau."""
+
+    def term(done: Pass) -> Tensor:
+        mine = (done.logits / tau).log_softmax(-1)
+        known = (said_of(taught, done) / tau).softmax(-1)
+        return cross_entropy(done) + weight * tau * tau * divergence(done, mine, known)
+
+    return term
+
+
+def feature_imitation(taught: Tensor, labels: float) -> OutputTerm:
+    """The mean over features of the squared distance to the teacher's + labels cross entropy."""
+
+    def term(done: Pass) -> Tensor:
+        away = done.features - said_of(taught, done)
+        distance = batch_mean(away.square().mean(-1), done.shares)
+        return distance + labels * cross_entropy(done) if labels else distance
+
+    return term
+
+
+def _logit_kd(scene: Scene) -> Objective:
+    tau = number_in(scene, "tau", _MIN_TEMPERATURE)
+    weight = number_in(scene, "weight")
+    if LOGITS not in scene.taught:
+        return Objective(cross_entropy)
+    return Objective(logit_distillation(scene.taught[LOGITS], tau, weight))
+
+
+def _simkd(scene: Scene) -> Objective:
+    if FEATURES not in scene.taught:
+        return Objective(cross_entropy)
+    known = scene.taught[FEATURES]
+    # The classifier is the teacher's, and stays it.
+    windows = {name: window for name, window in scene.windows() if name.startswith("classifier.")}
+    width = scene.model.get_parameter("classifier.weight").shape[-1]
+    if known.shape[-1] != width:
+        raise TrainingError(
+            f"the teacher has {known.shape[-1]} features and the student's classifier takes "
+            f"{width}: give the student the size projected = {known.shape[-1]}"
+        )
+    term = feature_imitation(known, number_in(scene, "labels"))
+    return Objective(term, resting=tuple(windows.values()))
+
+
+OBJECTIVES: Mapping[str, BuildObjective] = MappingProxyType(
+    {"logit_distillation": _logit_kd, "feature_imitation": _simkd}
+)
