@@ -5,9 +5,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeAlias
 
+import torch
+
 from federation.errors import ConfigError
+from moe_serving.kernels.grouped import is_grouped_usable, pack_grouped
+from moe_serving.kernels.int8 import is_int8_usable, pack_int8
+from moe_serving.kernels.nbits import is_nbits_usable, pack_nbits
 from moe_serving.kernels.onednn import is_onednn_usable, pack_onednn
 from moe_serving.kernels.plain import pack_plain
+from moe_serving.kernels.qmoe import is_qmoe_usable, pack_qmoe
 from moe_serving.layers.experts import (
     Activation,
     Experts,
@@ -32,7 +38,7 @@ class Kernel:
         precision: `exact` is the checkpoint's own precision, to rounding.
         is_usable: whether it works here; asked once.
         pack: one expert's weights to what runs it.
-        pack_layer: all experts of a layer to what runs them.
+        pack_layer: all experts of a layer, and its top K, to what runs them.
     """
 
     name: str
@@ -40,7 +46,7 @@ class Kernel:
     precision: Precision
     is_usable: Callable[[], bool]
     pack: Callable[[ExpertWeights, Activation], PackedExpert] | None = None
-    pack_layer: Callable[[GroupedExperts], Experts] | None = None
+    pack_layer: Callable[[GroupedExperts, int], Experts] | None = None
 
 
 @cache
@@ -49,6 +55,11 @@ def kernels() -> dict[str, Kernel]:
     known = (
         Kernel("onednn", "cpu", "exact", cache(is_onednn_usable), pack=pack_onednn),
         Kernel("plain", "cpu", "exact", lambda: True, pack=pack_plain),
+        Kernel("grouped_mm", "cuda", "exact", cache(is_grouped_usable), pack_layer=pack_grouped),
+        Kernel("plain_cuda", "cuda", "exact", torch.cuda.is_available, pack=pack_plain),
+        Kernel("int8", "cpu", "8bit", cache(is_int8_usable), pack=pack_int8),
+        Kernel("qmoe", "cpu", "8bit", cache(is_qmoe_usable), pack_layer=pack_qmoe),
+        Kernel("nbits", "cpu", "8bit", cache(is_nbits_usable), pack=pack_nbits),
     )
     return {kernel.name: kernel for kernel in known}
 
@@ -98,7 +109,7 @@ def serve_resident(layers: Iterable[MoELayer], kernel: Kernel) -> None:
 
 def _packed(layer: MoELayer, grouped: GroupedExperts, kernel: Kernel) -> Experts:
     if kernel.pack_layer is not None:
-        return kernel.pack_layer(grouped)
+        return kernel.pack_layer(grouped, layer.router.top_k)
     pack = kernel.pack
     if pack is None:
         raise ConfigError(f"kernel {kernel.name!r} can run neither an expert nor a layer")
