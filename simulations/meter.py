@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from edge_agent.peering_trainer import training_part
 from federation.errors import TrainingError
 from federation.learning.data import LocalData
+from federation.learning.fulfilment import training_part
 from federation.learning.training import total_steps
 from federation.protocol.messages import LocalPlan
 from simulations.device_model import DeviceModel
