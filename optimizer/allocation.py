@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 
 from federation.errors import Infeasible
-from optimizer import core as exact
+from optimizer.closing import close
 from optimizer.columns import Booleans, Columns, tabulate
 from optimizer.plan import Choice, Plan, Prices, WhyStopped
 from optimizer.pricing import Duals
 from optimizer.problem import Problem
-from optimizer.sweep import Selected, Sweep, core_of, relative_gap, sweep
+from optimizer.sweep import Selected, Sweep, relative_gap, sweep
 from optimizer.validation import check
 
 _PROVEN = 1e-7
@@ -113,7 +113,9 @@ def allocate(
         why = "no progress"
     if why is None:
         left_s = effort.time_limit_s - (effort.clock() - begun)
-        lower, why = _finish(state, exact.Limits(left_s, effort.tolerance))
+        lower, has_solver = close(state, effort.tolerance, left_s, effort.clock)
+        gap = relative_gap(state.best.objective, lower)
+        why = _why(gap, effort.tolerance) or ("time limit" if has_solver else "no solver")
     if state.best.objective - table.penalty > -1e-9 and _breaks_a_rule(table, state.best):
         raise Infeasible("no plan keeps every rule")
     return _plan_of(table, state, lower, why)
@@ -123,18 +125,6 @@ def _why(gap: float, tolerance: float) -> WhyStopped | None:
     if gap <= _PROVEN:
         return "optimal"
     return "tolerance" if gap <= tolerance else None
-
-
-def _finish(state: Sweep, limits: exact.Limits) -> tuple[float, WhyStopped]:
-    """Solve the core; the sweep's own plan stands if nothing better is found."""
-    lower = state.lower
-    answer = exact.solve(state.table, core_of(state), limits, at_most=state.best.objective)
-    if answer is None:
-        return lower, "no solver"
-    state.offer(answer.selected)
-    lower = max(lower, min(state.best.objective, answer.bound))
-    gap = relative_gap(state.best.objective, lower)
-    return lower, _why(gap, limits.tolerance) or "time limit"
 
 
 def _duals_of(table: Columns, near: Prices | None) -> Duals | None:

@@ -8,8 +8,8 @@ v = c + lambda b + mu s - nu a, and no plan with makespan T costs less than
 
 One pass over the columns by time gives L at every T at once, so the makespan, the weak part of
 the linear relaxation, is exact in the bound. At a fixed T the best prices are found by bisection
-on mu; for each mu those of all gateways are exact, from the lower hulls of the users' costs over units
-(the linear relaxation of a multiple-choice knapsack: Sinha and Zoltners 1979, section 2).
+on mu; for each mu those of all gateways are exact, from the lower hulls of the users' costs over
+units (the linear relaxation of a multiple-choice knapsack: Sinha and Zoltners 1979, section 2).
 
 Shapes: N rows, B unit counts (0 first), S server unit counts (0 first), G gateways.
 """
@@ -88,7 +88,7 @@ def nu_times(table: Columns, accuracy_price: float) -> float:
 
 
 def priced_columns(table: Columns, duals: Duals) -> Floats:
-    """v of every column by time, [N, J]; padded ones stay near BIG."""
+    """What each column really costs, [N, J]; padded ones stay near BIG."""
     ranked = table.ranked
     v_NJ = ranked.uplink_NJ * duals.uplink_G[table.gateway_N][:, None]
     v_NJ += ranked.cost_NJ
@@ -121,10 +121,10 @@ def price_at(table: Columns, limit_s: float, near: Duals | None = None) -> Price
         near: Prices that may be close, of the last round or of a makespan nearby.
     """
     if not table.is_floored:
-        return _price_server(_cells(table, limit_s, 0.0), near)
+        return _price_server(cells_at(table, limit_s, 0.0), near)
 
     def at(price: float) -> Priced:
-        return _price_server(_cells(table, limit_s, price), near)
+        return _price_server(cells_at(table, limit_s, price), near)
 
     def spare(priced: Priced) -> float:
         chosen = chosen_columns(priced.cells, priced.uplink_level_N, priced.server_level_N)
@@ -172,7 +172,8 @@ def _value(priced: Priced) -> float:
     return priced.value
 
 
-def _cells(table: Columns, limit_s: float, accuracy_price: float) -> Cells:
+def cells_at(table: Columns, limit_s: float, accuracy_price: float) -> Cells:
+    """The cells of a makespan, at a price of accuracy."""
     layout, rows = table.layout, table.rows
     cost_NR = np.where(table.seconds_NR <= limit_s, table.cost_NR, BIG)
     if accuracy_price:
@@ -191,10 +192,14 @@ def _cells(table: Columns, limit_s: float, accuracy_price: float) -> Cells:
 
 
 def _price_server(cells: Cells, near: Duals | None) -> Priced:
-    table = cells.table
-
     def at(price: float) -> Priced:
         return _price_uplink(cells, price)
+
+    return bisect_server(cells.table, at, near)
+
+
+def bisect_server(table: Columns, at: Callable[[float], Priced], near: Duals | None) -> Priced:
+    """The least price of a server unit at which what the rows take fits."""
 
     def spare(priced: Priced) -> float:
         used = table.layout.server_levels[priced.server_level_N].sum()

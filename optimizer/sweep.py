@@ -25,7 +25,7 @@ from optimizer.pricing import (
 )
 
 _TURNS = 60
-_PIECES = 24
+_PIECES = 12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +85,8 @@ class Sweep:
 
 def relative_gap(objective: float, bound: float) -> float:
     """(objective - bound) / |objective|, and 0 where they are equal but for rounding."""
+    if not np.isfinite(objective):
+        return np.inf
     difference = objective - bound
     if difference <= 1e-9 * max(1.0, abs(objective)):
         return 0.0
@@ -224,16 +226,15 @@ class Core:
         return int(self.keep_NJ.sum())
 
 
-def core_of(state: Sweep) -> Core:
-    """Fix columns by reduced cost, piece by piece of the window of makespans.
+def core_of(state: Sweep, places: Integers) -> Core:
+    """Fix columns by reduced cost, for makespans at some ascending places of `times`.
 
     If a plan below the best used column j of row n and had makespan T, it would cost at least
     L(T) + v_j - min { v_nk : t_nk <= T }.
     """
-    ranked = state.table.ranked
-    keep_NJ = np.zeros(ranked.seconds_NJ.shape, bool)
+    keep_NJ = np.zeros(state.table.ranked.seconds_NJ.shape, bool)
     least = state.best.objective - 1e-10 * max(1.0, abs(state.best.objective))
-    window = np.flatnonzero(state.bound < least)
+    window = places[state.bound[places] < least]
     if len(window) == 0:
         return Core(keep_NJ, 0.0, 0.0)
     for piece in np.array_split(window, min(_PIECES, len(window))):
