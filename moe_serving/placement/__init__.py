@@ -1,0 +1,1 @@
+"""Which device holds which expert: pure functions, history in, placement out."""
