@@ -19,6 +19,7 @@ from cloud.config import HubConfig, RunPlan
 from cloud.explaining import explain
 from cloud.holder import find_holder
 from cloud.record.store import Store
+from cloud.trainers.command import train
 from federation.config import read_config
 from federation.errors import ConfigError
 from federation.protocol.clock import steady_clock
@@ -59,6 +60,9 @@ def serve(
             signal.signal(number, lambda *_: runner.stop())
         _say(f"hub is serving namespace {settings.namespace!r} on {broker_url}")
         runner.run()
+
+
+app.command()(train)
 
 
 @app.command()

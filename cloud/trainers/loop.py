@@ -33,6 +33,11 @@ class Place:
     ranks: int = 1
     group: dist.ProcessGroup | None = None
 
+    def wait(self) -> None:
+        """Until all ranks have come here; at once where there is one."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
 
 ALONE = Place()
 
@@ -124,7 +129,7 @@ class Trainer:
         self.done = 0
         self._checkpoints, self._watchers, self._clock = checkpoints, tuple(watchers), clock
         self._compute = COMPUTE[plan.precision]
-        self._spent = 0.0
+        self.spent_s = 0.0
 
     def resume(self) -> int:
         """Go on from the newest checkpoint, if there is one; the steps that are done.
@@ -136,7 +141,7 @@ class Trainer:
         moment = self._checkpoints.newest() if self._checkpoints is not None else None
         if moment is not None:
             self.state.load(moment.tensors)
-            self.done, self._spent = moment.facts.step, moment.facts.seconds
+            self.done, self.spent_s = moment.facts.step, moment.facts.seconds
         return self.done
 
     def run(self, until: int | None = None) -> None:
@@ -171,7 +176,7 @@ class Trainer:
         self.state.step(rate)
         self.done += 1
         spent = self._clock() - began
-        self._spent += spent
+        self.spent_s += spent
         for watch in self._watchers:
             watch(Step(self.done, self.steps, loss, rate, spent))
 
@@ -194,6 +199,5 @@ class Trainer:
 
     def _keep(self) -> None:
         if self._checkpoints is not None and self.place.rank == 0:
-            self._checkpoints.save(self.done, self.state.tensors(), seconds=self._spent)
-        if self._checkpoints is not None and self.place.group is not None:
-            dist.barrier(group=self.place.group)
+            self._checkpoints.save(self.done, self.state.tensors(), seconds=self.spent_s)
+        self.place.wait()

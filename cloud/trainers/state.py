@@ -200,6 +200,15 @@ class TrainingState:
         stop = start + _bytes(bucket.master)
         return not all(start <= self.parameters[n].data_ptr() < stop for n in bucket.spans)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The master parameters by name, dense float32 on the CPU; dead entries are zero."""
+        found: dict[str, Tensor] = {}
+        for bucket in self.buckets:
+            for name, span in bucket.spans.items():
+                found[name] = torch.empty(self.kept[name].shape)
+                self.kept[name].expand_into(found[name], bucket.master[span].cpu())
+        return found
+
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, on the CPU: what a checkpoint keeps. Entries that died are absent."""
         kept: dict[str, Tensor] = {}

@@ -133,10 +133,12 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
 
 
 def save_masks(masks: Masks, path: Path) -> None:
-    """Keep masks as one safetensors file, one bit an entry."""
+    """Keep masks as one safetensors file, one bit an entry; the file is whole or not there."""
     packed = {name: np.packbits(mask.cpu().numpy().reshape(-1)) for name, mask in masks.items()}
     shapes = {name: ",".join(map(str, mask.shape)) for name, mask in masks.items()}
-    save_file(packed, path, metadata=shapes)
+    part = path.with_name(f"{path.name}.part")
+    save_file(packed, part, metadata=shapes)
+    part.replace(path)
 
 
 def load_masks(path: Path, model: nn.Module) -> dict[str, Tensor]:
