@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806, N815 - capitals at the end of a name are the shape of its array
+# ruff: noqa: N806, N815 - capitals at the end of a name are the shape of its array
 """From a problem to a plan with a proof: sweep, fix, and let the solver finish.
 
 `plan` is for people, `allocate` for planners that have narrowed the choice to a shortlist.

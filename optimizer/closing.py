@@ -1,4 +1,3 @@
-# ruff: noqa: N806 - capitals at the end of a name are the shape of its array
 """The last gap: better plans by whole units, then the solver on one stretch of makespans a time.
 
 What the sweep leaves open is a window of makespans, mostly in a few stretches. Within one the

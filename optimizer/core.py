@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806, N815 - capitals at the end of a name are the shape of its array
+# ruff: noqa: N803, N806 - capitals at the end of a name are the shape of its array
 """The exact model on columns, by Pyomo and HiGHS: on the few that are left, or on all of them.
 
 min  w_T T + sum c_nj x_nj
@@ -175,7 +175,7 @@ def _build(table: Columns, core: Core, part: _Part, scale: float, at_most: float
     )
     model.total = pyo.Objective(expr=total)
     model.rules = pyo.ConstraintList()
-    for places, values, least, most in _rules(table, core, part):
+    for places, values, least, most in _rules(table, part):
         coefficients, variables = linear(places, values)
         if least is None and most is not None and sum(filter(_is_above, coefficients)) <= most:
             continue
@@ -200,7 +200,7 @@ def _is_above(value: float) -> bool:
 
 
 def _rules(
-    table: Columns, core: Core, part: _Part
+    table: Columns, part: _Part
 ) -> Iterator[tuple[Integers, Floats, float | None, float | None]]:
     everything = np.arange(len(part.row))
     for row in range(table.rows):

@@ -47,7 +47,7 @@ class Setting:
     per_gateway: int = 50
     blocks_per_user: float = 2.0
     server_units_per_user: float = 0.6
-    absent_accuracy: float = 0.45
+    absent_accuracy: float = 0.4
     students: int = 4
     steps: int = 5
     uplink_choices: tuple[int, ...] = UPLINK_CHOICES

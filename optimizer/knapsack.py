@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806 - capitals at the end of a name are the shape of its array
+# ruff: noqa: N803, N806, N815 - capitals at the end of a name are the shape of its array
 """Whole uplink units at every gateway: the exact choice at a fixed makespan and server price.
 
 At a fixed makespan and server price the gateways are apart, and each is a multiple-choice
