@@ -5,7 +5,6 @@ from (`Train`), and what comes back (`on_trained`) is kept and uploaded until th
 acknowledgement lets go of it (`_on_ack`).
 """
 
-import math
 import random
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from edge_agent.facts import (
     UpdateForgotten,
 )
 from edge_agent.fetching import Fetching
+from edge_agent.terms import Terms
 from edge_agent.uploading import Outgoing
 from federation.errors import TransferError
 from federation.protocol import messages as m
@@ -34,6 +34,7 @@ from federation.protocol.effects import (
     WakeAt,
 )
 from federation.protocol.transfer import check_content
+from federation.protocol.wishes import DesiredState
 
 Effects = list[Effect[AgentFact]]
 
@@ -46,6 +47,7 @@ class AgentSettings:
     device says its birth within `birth_spread_s`, drawn at random, so that a fleet does not
     speak all at once. A device that shares its memory with the hub, in a simulation, sends
     updates of any size within one letter, and named after their attempt, not by their digest.
+    `energy` is what its owner knows of its draw, for the hub's forecasts.
     """
 
     heartbeat_s: float = 30.0
@@ -53,6 +55,7 @@ class AgentSettings:
     timeout_s: float = 10.0
     birth_spread_s: float = 0.5
     shares_memory: bool = False
+    energy: dict[str, float] | None = None
 
 
 class Agent:
@@ -73,8 +76,8 @@ class Agent:
         self.release = held.release
         self._memory = held.memory
         self._base: bytes | None = None
-        self._capability = capability
         self._settings = settings
+        self._terms = Terms(capability, held.wish, settings.heartbeat_s, settings.energy)
         self._rng = rng
         self._link = Link(is_up=False, epoch=0)
         self._max_payload = 0
@@ -97,9 +100,9 @@ class Agent:
         if self.release is not None:
             # The power may have gone between taking a release in and letting its chunks go.
             self._drop_content(self.release.content.digest)
-        self._heartbeat_at = now + self._settings.heartbeat_s
+        self._heartbeat_at = now + self._terms.heartbeat_s
         kept = self.assignment
-        if kept is not None and (self._outgoing.holds(kept.attempt) or self._objection(kept)):
+        if kept and (self._outgoing.holds(kept.attempt) or self._terms.objection(kept, now)):
             # The power failed after the update was kept and before the task was forgotten;
             # or the device was set up anew and no longer takes such a task.
             self._forget_assignment(kept)
@@ -112,7 +115,7 @@ class Agent:
     def stand_by(self, epoch: int, hub_epoch: int, now: float) -> Effects:
         """In place of `start`: as if it had begun, and been linked and welcomed, long ago."""
         self._started_at = now
-        self._heartbeat_at = now + self._settings.heartbeat_s
+        self._heartbeat_at = now + self._terms.heartbeat_s
         self._link = Link(is_up=True, epoch=epoch)
         self.hub_epoch, self._hub_is_online, self._is_introduced = hub_epoch, True, True
         return self._finish(now)
@@ -135,7 +138,7 @@ class Agent:
             self._take(envelope, now)
         return self._finish(now)
 
-    def _take(self, envelope: m.Envelope, now: float) -> None:
+    def _take(self, envelope: m.Envelope, now: float) -> None:  # noqa: C901 - one case a letter
         match envelope.body:
             case m.HubState() as letter:
                 self._on_hub_state(envelope.epoch, letter, now)
@@ -155,6 +158,8 @@ class Agent:
                 self._introduce(now)
             case m.Release() as letter:
                 self._on_release(letter)
+            case DesiredState() as letter:
+                self._on_desired(letter, envelope.epoch, now)
             case _:
                 pass  # What devices say is not for devices.
 
@@ -170,6 +175,7 @@ class Agent:
         memory = Memory(assignment.run, trained.memory) if trained.memory else None
         kept = self._outgoing.keep(trained, memory, self._settings.keepalive_s, self._max_payload)
         self._note(kept)
+        self._out.extend(self._terms.spend(assignment.base.size, kept.content.size, now))
         self._forget_assignment(assignment)
         if self._can_talk:
             self._out.extend(self._outgoing.open(kept.attempt, self.device, now))
@@ -182,7 +188,7 @@ class Agent:
         if now >= self._birth_at:
             self._introduce(now)
         if now >= self._heartbeat_at:
-            self._heartbeat_at = now + self._settings.heartbeat_s
+            self._heartbeat_at = now + self._terms.heartbeat_s
             self._say_heartbeat(now)
         if self._can_talk:
             self._out.extend(self._outgoing.on_wake(self.device, now))
@@ -220,12 +226,14 @@ class Agent:
         self._birth_at = float("inf")
         self._is_introduced = self._awaits_welcome = True
         birth = m.Birth(
-            capability=self._capability,
+            capability=self._terms.capability,
             working=self.assignment.attempt if self.assignment is not None else None,
             finished=self._outgoing.attempts,
             release=self.release.content.digest if self.release is not None else None,
         )
         self._say(birth)
+        if self._terms.has_something_to_say:
+            self._say(self._terms.report())
         self._out.extend(self._outgoing.open_all(self.device, now))
 
     def is_welcomed(self, letter: m.Welcome) -> bool:
@@ -245,7 +253,7 @@ class Agent:
         if in_hand or self._outgoing.holds(letter.attempt):
             self._event(letter.attempt, "accepted")
             return
-        objection = self._objection(letter)
+        objection = self._terms.objection(letter, now)
         if objection:
             self._event(letter.attempt, "declined", objection)
             return
@@ -261,17 +269,11 @@ class Agent:
             self._event(letter.attempt, "accepted")
         self._fetch(letter)
 
-    def _objection(self, letter: m.Assignment) -> str:
-        """Why this device cannot take an assignment; empty where it can."""
-        if not self._capability.trains:
-            return "this device does not train, it only infers"
-        if not (math.isfinite(letter.deadline_s) and letter.deadline_s >= 0.0):
-            return f"the deadline is in {letter.deadline_s} s; expected seconds from 0 on"
-        try:
-            check_content(letter.base)
-        except TransferError as error:
-            return str(error)
-        return ""
+    def _on_desired(self, letter: DesiredState, epoch: int, now: float) -> None:
+        self._out.extend(self._terms.obey(letter, epoch, self.device))
+        self._heartbeat_at = min(self._heartbeat_at, now + self._terms.heartbeat_s)
+        if (task := self.assignment) and (why := self._terms.objection(task, now)):
+            self._abandon(task.attempt, why)
 
     def _on_ack(self, letter: m.UpdateAck, now: float) -> None:
         if letter.verdict == "open":
@@ -324,7 +326,7 @@ class Agent:
     def _on_release(self, letter: m.Release) -> None:
         newest = self._wanted or self.release
         is_new = newest is None or letter.serial > newest.serial
-        if not self._capability.infers or not is_new:
+        if not self._terms.capability.infers or not is_new:
             return
         try:
             check_content(letter.content)
@@ -345,8 +347,6 @@ class Agent:
         self.release, self._wanted = release, None
         self._note(ReleaseKept(release, data))
         self._drop_content(release.content.digest)
-
-    # Small matters ------------------------------------------------------------------------
 
     @property
     def _can_talk(self) -> bool:

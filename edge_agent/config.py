@@ -66,6 +66,22 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _check_seconds(f"training.{name}", getattr(self, name))
 
 
+class EnergyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the device draws above idle, where its owner knows it: the hub forecasts with it.
+
+    `training_w` is the power of training in watts, the others joules for 10^6 bytes.
+    """
+
+    training_w: float
+    up_j_per_mb: float = 0.0
+    down_j_per_mb: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in msgspec.structs.asdict(self).items():
+            if not 0.0 <= value < float("inf"):
+                raise ConfigError(f"energy.{name} is {value}; it is 0 or more: correct it")
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One device: who it is, where its broker and its data are, and where it keeps its journal.
 
@@ -86,6 +102,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     data: DataConfig | None = None
     training: TrainingConfig = TrainingConfig()
     peers: PeersConfig | None = None
+    energy: EnergyConfig | None = None
 
     def __post_init__(self) -> None:
         for field, name in (("device", self.device), ("namespace", self.namespace)):

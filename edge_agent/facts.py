@@ -4,7 +4,7 @@ The journal writes them down in the order given; `Held` is what it gives back.
 """
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from edge_agent.peering_facts import PeerForgotten, PeerKept, StartKept
 from federation.protocol.messages import Assignment, Content, Release, Report
@@ -82,6 +82,20 @@ class ReleaseKept:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class WishKept:
+    """What the hub desires of this device, as of a version of one of its epochs.
+
+    Where bytes are bounded, `bytes_today` went on `day`, counted from 1970 in UTC.
+    """
+
+    epoch: int
+    version: int
+    document: dict[str, Any]
+    day: int = 0
+    bytes_today: int = 0
+
+
 AgentFact: TypeAlias = (
     AssignmentKept
     | AssignmentForgotten
@@ -90,6 +104,7 @@ AgentFact: TypeAlias = (
     | UpdateKept
     | UpdateForgotten
     | ReleaseKept
+    | WishKept
     | PeerKept
     | PeerForgotten
     | StartKept
@@ -101,8 +116,8 @@ class Held:
     """What a journal gives back: the sum of the facts recorded in it.
 
     `parts` holds, by digest, the chunks fetched so far of contents not yet forgotten. `memory`
-    is that of the newest update that counted and left any. `peer` is how far this device is as
-    a peer, and `start` what it would go on from as one.
+    is that of the newest update that counted and left any, `wish` the hub's newest. `peer` is
+    how far this device is as a peer, and `start` what it would go on from as one.
     """
 
     assignment: Assignment | None = None
@@ -110,6 +125,7 @@ class Held:
     updates: dict[str, UpdateKept] = field(default_factory=dict)
     release: Release | None = None
     memory: Memory | None = None
+    wish: WishKept | None = None
     peer: PeerKept | None = None
     start: StartKept | None = None
 
@@ -133,6 +149,8 @@ class Held:
                     self.memory = kept.memory
             case ReleaseKept(release):
                 self.release = release
+            case WishKept():
+                self.wish = fact
             case StartKept():
                 self.start = fact
             case _:

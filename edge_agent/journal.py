@@ -10,6 +10,7 @@ updates/<name>             finished updates that the hub has not answered for
 memory                     the last update that counted and left something for the next
 peer                       how far this device is as a peer, without a hub
 start                      what it would go on from as a peer
+wish                       what the hub desires of this device
 release                    the released model in use, and its bytes in models/<digest>.onnx
 ```
 
@@ -49,6 +50,7 @@ from edge_agent.facts import (
     ReleaseKept,
     UpdateForgotten,
     UpdateKept,
+    WishKept,
 )
 from edge_agent.peering_facts import PeerForgotten, PeerKept, StartKept
 from federation.errors import ConfigError, TransferError
@@ -148,6 +150,8 @@ class Journal:
                 self._forget_update(self._updates / _name(attempt), counted=counted)
             case ReleaseKept(release, data):
                 self._keep_release(release, data)
+            case WishKept():
+                write_sealed(self._folder / "wish", msgspec.msgpack.encode(fact))
             case PeerKept() | PeerForgotten() | StartKept():
                 self._record_peer(fact)
 
@@ -159,6 +163,7 @@ class Journal:
         """
         held = Held(
             assignment=_read(self._folder / "assignment", Assignment),
+            wish=_read(self._folder / "wish", WishKept),
             peer=_read(self._folder / "peer", PeerKept),
             start=_read(self._folder / "start", StartKept),
         )
@@ -262,7 +267,7 @@ class Journal:
 
     def _leftovers(self) -> list[Path]:
         """The writes that were cut short."""
-        names = ("assignment", "epoch", "memory", "peer", "release", "start")
+        names = ("assignment", "epoch", "memory", "peer", "release", "start", "wish")
         top = [self._folder / f"{name}{TEMPORARY}" for name in names]
         folders = (self._contents, self._updates, self._models, self._checkpoints)
         below = [path for folder in folders for path in _ours(folder)]

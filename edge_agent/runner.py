@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
+
 from edge_agent.agent import Agent, AgentSettings
 from edge_agent.config import AgentConfig, password
 from edge_agent.facts import AgentFact
@@ -75,7 +77,11 @@ class AgentRunner:
         self._clock = clock
         self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._journal = Journal(config.folder)
-        settings = AgentSettings(heartbeat_s=config.heartbeat_s, keepalive_s=config.keepalive_s)
+        settings = AgentSettings(
+            heartbeat_s=config.heartbeat_s,
+            keepalive_s=config.keepalive_s,
+            energy=msgspec.structs.asdict(config.energy) if config.energy is not None else None,
+        )
         peering = config.peers.as_peering(config.device) if config.peers is not None else None
         self._agent = device_machine(
             config.device,

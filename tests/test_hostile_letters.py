@@ -11,6 +11,7 @@ from federation.errors import CodecError, ProtocolError
 from federation.protocol import codec
 from federation.protocol import messages as m
 from federation.protocol.topics import ROUTES, open_letter
+from federation.protocol.wishes import OfTwins
 
 SOUND = m.seal("d01", 3, m.TaskEvent(attempt="run_1_d01", event="failed", reason="a reason"))
 
@@ -60,7 +61,7 @@ def test_a_tensor_too_large_to_be_is_refused() -> None:
 
 def test_every_letter_has_a_route_and_comes_back_as_it_went() -> None:
     """The table of routes names every letter of the protocol."""
-    unions = (m.FromDevice, m.FromHub, m.ToAll, m.FromPeer)
+    unions = (m.FromDevice, m.FromHub, m.ToAll, m.FromPeer, OfTwins)
     letters = {kind for union in unions for kind in union.__args__}
 
     assert set(ROUTES) == letters

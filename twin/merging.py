@@ -134,14 +134,23 @@ def _check_inside(value: Any, place: str, depth: int) -> None:
                         f"{place}/{index} is null; an array has none: leave the entry out"
                     )
                 _check_inside(inner, f"{place}/{index}", depth + 1)
+        case _:
+            _check_value(value, place)
+
+
+def _check_value(value: Any, place: str) -> None:
+    match value:
         case float() if not math.isfinite(value):
             raise TwinError(f"{place} is {value}; a finite number was expected: correct it")
         case int() if not isinstance(value, bool) and abs(value) > LARGEST:
             raise TwinError(f"{place} is beyond 2^53; write it as text instead")
         case str() if "\x00" in value:
             raise TwinError(f"{place} has a NUL character; databases refuse it: remove it")
-        case _:
+        case None | bool() | int() | float() | str():
             pass
+        case _:
+            kind = type(value).__name__
+            raise TwinError(f"{place} is {kind}, which JSON has not: write it as text")
 
 
 def _check_key(key: Any, place: str) -> None:

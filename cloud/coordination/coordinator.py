@@ -14,6 +14,7 @@ from cloud.config import RunPlan
 from cloud.coordination.conductor import Conductor
 from cloud.coordination.facts import (
     DeviceBorn,
+    DeviceReported,
     HubFact,
     HubMemory,
     PresenceChanged,
@@ -25,11 +26,13 @@ from cloud.coordination.fleet import Fleet
 from cloud.coordination.intake import Intake
 from cloud.coordination.outbox import Outbox
 from cloud.coordination.run import CHUNK_BYTES, ActiveRun
-from federation.errors import ProtocolError
+from federation.errors import ProtocolError, TwinError
 from federation.protocol import messages as m
 from federation.protocol.effects import Effect, Link
 from federation.protocol.transfer import LARGEST_CHUNK_BYTES, content_of, cut
+from federation.protocol.wishes import DesiredState, ReportedState
 from optimizer.selection import Selector
+from twin.merging import check_document, check_patch
 
 Effects = list[Effect[HubFact]]
 
@@ -71,6 +74,7 @@ class Coordinator:
             shares_memory=shares_memory,
         )
         self._releases = dict(memory.releases)
+        self._wishes = dict(memory.wishes)
         self._read_content = read_content
 
     @property
@@ -97,7 +101,7 @@ class Coordinator:
                 self._outbox.say(release)
         return self._finish(now)
 
-    def on_message(self, envelope: m.Envelope, now: float) -> Effects:
+    def on_message(self, envelope: m.Envelope, now: float) -> Effects:  # noqa: C901 - a case a letter
         """A device's letter."""
         device, letter = envelope.sender, envelope.body
         match letter:
@@ -118,6 +122,8 @@ class Coordinator:
                 self._intake.on_open(device, letter, now)
             case m.UpdateChunk():
                 self._intake.on_chunk(device, letter, now)
+            case ReportedState():
+                self._on_reported(device, letter, now)
             case _:
                 reason = f"{type(letter).__name__} is not a letter for the hub"
                 self._outbox.refuse(device, reason, now)
@@ -154,6 +160,13 @@ class Coordinator:
         self._outbox.say(release)
         return self._finish(now)
 
+    def on_wish(self, device: str, wish: DesiredState, now: float) -> Effects:
+        """Something is desired of a device: tell it now, or when it is born next."""
+        self._wishes[device] = wish
+        if self.fleet.is_there(device):
+            self._outbox.say(wish, device)
+        return self._finish(now)
+
     def on_unreadable(self, device: str, error: ProtocolError, now: float) -> Effects:
         """A letter on this device's branch could not even be read: record that, go on."""
         self._outbox.refuse(device, str(error), now)
@@ -179,6 +192,8 @@ class Coordinator:
                 self._conductor.mark(entry.attempt, "assigned", "", now)
                 self._conductor.assign(entry, now)
         self._outbox.say(m.Welcome(epoch=epoch, open_attempts=tuple(listed)), device)
+        if device in self._wishes:
+            self._outbox.say(self._wishes[device], device)
 
     def _on_presence(self, device: str, epoch: int, presence: m.Presence, now: float) -> None:
         if not self.fleet.present(device, epoch, presence):
@@ -189,6 +204,16 @@ class Coordinator:
             for entry in self._conductor.open_attempts(device):
                 reason = self.fleet.why_not(device)
                 self._conductor.mark(entry.attempt, "lost", reason, now)
+
+    def _on_reported(self, device: str, said: ReportedState, now: float) -> None:
+        try:
+            for document in (said.document, said.results):
+                check_document(check_patch(document))
+        except TwinError as error:
+            self._outbox.refuse(device, str(error), now)
+            return
+        fact = DeviceReported(device, said.applied, said.results, said.document, now)
+        self._outbox.note_of(device, fact, now)
 
     def _serve(self, device: str, request: m.BlobRequest) -> None:
         content, run = request.content, self.run

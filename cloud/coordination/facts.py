@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from cloud.config import RunPlan
 from cloud.coordination.rounds import Attempt, Status
 from federation.protocol.messages import Capability, Content, Release, Report, Verdict
+from federation.protocol.wishes import DesiredState
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,3 +276,4 @@ class HubMemory:
     run: RunMemory | None = None
     uploads: dict[str, UploadMemory] = field(default_factory=dict)
     releases: dict[str, Release] = field(default_factory=dict)
+    wishes: dict[str, DesiredState] = field(default_factory=dict)

@@ -1,6 +1,12 @@
 """Collects the effects of one step of the hub, in the order in which they must happen."""
 
-from cloud.coordination.facts import DeviceBorn, HubFact, LetterRefused, PresenceChanged
+from cloud.coordination.facts import (
+    DeviceBorn,
+    DeviceReported,
+    HubFact,
+    LetterRefused,
+    PresenceChanged,
+)
 from federation.protocol.effects import Effect, Record, Send, WakeAt
 from federation.protocol.messages import AnyLetter
 
@@ -46,8 +52,10 @@ class Outbox:
         """Record a fact before anything that follows."""
         self._effects.append(Record(fact))
 
-    def note_of(self, device: str, fact: DeviceBorn | PresenceChanged, now: float) -> None:
-        """Record that a device came or went, where it does not do so many times a second.
+    def note_of(
+        self, device: str, fact: DeviceBorn | PresenceChanged | DeviceReported, now: float
+    ) -> None:
+        """Record that a device came, went or told of itself, if it does not do so all the time.
 
         What is left out costs nothing: after a restart the hub hears of every device anew.
         """

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from federation.errors import ProtocolError
+from federation.protocol.wishes import OfTwins
 
 MAJOR = 1
 """The protocol's major version: part of every topic and of every envelope."""
@@ -331,7 +332,7 @@ FromDevice: TypeAlias = (
 FromHub: TypeAlias = Welcome | Assignment | Cancel | UpdateAck | BlobChunk | BlobGone | Rebirth
 ToAll: TypeAlias = HubState | Release
 FromPeer: TypeAlias = PeerModel | PeerLeft | PeerAsk | PeerChunk
-AnyLetter: TypeAlias = FromDevice | FromHub | ToAll | FromPeer
+AnyLetter: TypeAlias = FromDevice | FromHub | ToAll | FromPeer | OfTwins
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
@@ -354,7 +355,6 @@ class _Version(msgspec.Struct):
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Envelope)
 _version = msgspec.msgpack.Decoder(_Version)
-
 
 UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 """What decoding may raise of hostile bytes: broken text and deep nesting are not DecodeErrors."""

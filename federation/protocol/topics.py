@@ -1,12 +1,13 @@
 """The topic grammar: build and parse; no other module spells a topic.
 
 ```
-fl/1/<namespace>/d/<device>/up/state | birth | hb | task | req
+fl/1/<namespace>/d/<device>/up/state | birth | hb | task | req | twin
 fl/1/<namespace>/d/<device>/up/x/<attempt>/open | x/<attempt>/c/<n>
-fl/1/<namespace>/d/<device>/dn/task | ctl | x/<attempt> | blob/<digest>/<n>
+fl/1/<namespace>/d/<device>/dn/task | ctl | twin | x/<attempt> | blob/<digest>/<n>
 fl/1/<namespace>/d/<device>/peer/model | ask/<neighbour> | c/<digest>/<n>
 fl/1/<namespace>/d/<device>/ask/<model>, answered on dn/answer/<request>
 fl/1/<namespace>/pub/hub | release/<run>
+fl/1/<namespace>/serving
 ```
 
 The direction is a fixed level, so the broker's permissions for a device are few lines: publish
@@ -22,6 +23,7 @@ from types import MappingProxyType
 
 from federation.errors import ProtocolError
 from federation.protocol import messages as m
+from federation.protocol.wishes import DesiredState, ReportedState
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 """Devices, runs and namespaces: lower-case letters, digits and hyphens, at most 64."""
@@ -70,6 +72,8 @@ ROUTES: Mapping[type[m.AnyLetter], Route] = MappingProxyType(
         m.BlobRequest: Route("up/req", expiry_s=60),
         m.UpdateOpen: Route("up/x/{0.attempt}/open", expiry_s=3600),
         m.UpdateChunk: Route("up/x/{0.attempt}/c/{0.index}", qos=0),
+        ReportedState: Route("up/twin", expiry_s=3600),
+        DesiredState: Route("dn/twin", expiry_s=3600),
         m.Assignment: Route("dn/task", expiry_s=3600),
         m.Cancel: Route("dn/task", expiry_s=3600),
         m.Welcome: Route("dn/ctl", expiry_s=300),
@@ -119,9 +123,15 @@ def peer_filters(namespace: str, device: str, neighbours: Iterable[str]) -> list
     return [f"{branch}/{topic}" for branch in branches for topic in topics]
 
 
-def ask_filter(namespace: str) -> str:
-    """What a server of models subscribes to: what devices ask."""
-    return f"{root(namespace)}/d/+/ask/+"
+def ask_filter(namespace: str, *, is_shared: bool = False) -> str:
+    """What a server of models subscribes to: what devices ask, or its share of it."""
+    share = "$share/models/" if is_shared else ""
+    return f"{share}{root(namespace)}/d/+/ask/+"
+
+
+def serving_route(namespace: str) -> Route:
+    """Where a server of models is said to be gone, by its last will."""
+    return Route(f"{root(namespace)}/serving")
 
 
 def ask_route(namespace: str, device: str, model: str, expiry_s: int) -> Route:
