@@ -287,6 +287,7 @@ class Continuous:
                 scores[n] = scored
         for (sequence, _), scored in zip(making, scores, strict=True):
             sequence.ticket.first_at = sequence.ticket.first_at or now
+            sequence.ticket.made += 1
             if ending := self._append(sequence, scored):
                 ended.append(ending)
         return ended

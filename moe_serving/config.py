@@ -39,19 +39,25 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The broker over which devices ask; the password is in HEADWATER_PASSWORD."""
+    """The broker over which devices ask; the password is in HEADWATER_PASSWORD.
+
+    Several servers of one fleet share its requests if each has a `worker` name of its own; the
+    broker must know shared subscriptions (mosquitto does, NATS does not).
+    """
 
     broker: str
     namespace: str = "fleet"
     user: str = ""
     ca_file: str = ""
     keepalive_s: int = 30
+    worker: str = ""
 
     def __post_init__(self) -> None:
         parse_url(self.broker)
         _check_range("mqtt.keepalive_s", self.keepalive_s, 5, 3600)
         try:
             check_name("namespace", self.namespace)
+            check_name("worker", self.worker or "w")
         except ProtocolError as error:
             raise ConfigError(str(error)) from error
 

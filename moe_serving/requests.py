@@ -134,6 +134,7 @@ class Ticket:
         accepted_at: when it was accepted, `deadline` when nobody wants the answer any more; both
             in seconds of the engine's clock.
         first_at: when its first token was there; 0 before.
+        made: how many tokens were made for it.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Ticket:
         self.accepted_at = accepted_at
         self.deadline = deadline
         self.first_at = 0.0
+        self.made = 0
         self.is_cancelled = False
         self._deliver = deliver
         self._lock = threading.Lock()

@@ -14,8 +14,10 @@ from moe_serving.hosting import Host
 from moe_serving.models.config import (
     ClassifierConfig,
     DecoderConfig,
-    ModelConfig as Record,
     TranslationConfig,
+)
+from moe_serving.models.config import (
+    ModelConfig as Record,
 )
 from moe_serving.models.decoder import DecoderLM
 from moe_serving.models.families import build

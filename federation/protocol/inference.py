@@ -26,6 +26,8 @@ SERVER = "hub"
 
 MAX_DEADLINE_S = 3600.0
 
+ANSWER_EXPIRY_S = 60
+
 Status: TypeAlias = Literal[
     "ok", "busy", "over-share", "loading", "draining", "expired", "invalid", "too-large",
     "unknown", "failed",
@@ -68,7 +70,7 @@ class InferRequest(Letter, frozen=True, kw_only=True, tag="infer-request"):
     prompt: str | tuple[int, ...] | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     logprobs: bool = False
     echo: bool = False
 
@@ -105,11 +107,11 @@ class InferenceEnvelope(msgspec.Struct, frozen=True, kw_only=True):
     body: InferenceLetter
 
 
-class _Numbered(msgspec.Struct):
+class _Numbered(msgspec.Struct, frozen=True):
     request: str = ""
 
 
-class _Bare(msgspec.Struct):
+class _Bare(msgspec.Struct, frozen=True):
     body: _Numbered = _Numbered()
 
 
@@ -131,7 +133,8 @@ def seal_answer(
     namespace: str, device: str, epoch: int, answer: InferAnswer
 ) -> tuple[Route, bytes]:
     """An answer's route and bytes."""
-    return answer_route(namespace, device, answer.request, 60), _seal(SERVER, epoch, answer)
+    way = answer_route(namespace, device, answer.request, ANSWER_EXPIRY_S)
+    return way, _seal(SERVER, epoch, answer)
 
 
 def open_request(namespace: str, topic: str, payload: bytes) -> tuple[str, InferRequest]:

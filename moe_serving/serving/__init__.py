@@ -1,0 +1,1 @@
+"""The ways in: HTTP, MQTT, and what is counted of both."""
