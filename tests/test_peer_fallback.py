@@ -231,3 +231,14 @@ def test_a_device_killed_as_a_peer_says_that_it_left_when_the_hub_is_back():
 
     assert m.PeerLeft(run="digits") in said
     assert m.PeerLeft(run="digits") not in again
+
+
+def test_the_hubs_welcome_keeps_a_device_from_going_on_as_a_peer():
+    """Where the hub's state never came, its welcome alone says that it is there."""
+    hand = Hand(Held(start=START))
+    said = [e.letter for e in hand.agent.on_wake(SETTINGS.timeout_s) if isinstance(e, Send)]
+    assert any(isinstance(letter, m.Birth) for letter in said)
+
+    hand.hear(m.Welcome(epoch=1), 19.0)
+
+    assert not [e for e in hand.agent.on_wake(30.0) if isinstance(e, Train)]
