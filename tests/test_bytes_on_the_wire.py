@@ -1,5 +1,4 @@
 import msgspec
-import pytest
 
 from cloud.config import MethodChoice, ModelChoice
 from federation.learning.costs import BYTES_PER_ENTRY, count_parameters
@@ -11,8 +10,7 @@ LETTERS_BYTES = 8_000
 """What a device may send in a round beside its tensors: letters, headers, MQTT, TCP's part not."""
 
 
-@pytest.mark.broker
-def test_layers_that_are_not_asked_for_really_do_not_travel(broker_kind, tmp_path):
+def test_layers_that_are_not_asked_for_really_do_not_travel(tmp_path):
     """What FedLP's devices send, counted on their links, is its counter and little more."""
     plan = msgspec.structs.replace(
         digits_plan(DEVICES, ROUNDS),
@@ -22,9 +20,8 @@ def test_layers_that_are_not_asked_for_really_do_not_travel(broker_kind, tmp_pat
     counted = ROUNDS * SENDERS * BYTES_PER_ENTRY * count_parameters(plan.model)
     shards = digits_shards(DEVICES)
 
-    with real_fleet(
-        tmp_path, broker_kind, plan, shards, latencies_s=dict.fromkeys(shards, 0.0)
-    ) as fleet:
+    latencies_s = dict.fromkeys(shards, 0.0)
+    with real_fleet(tmp_path, "auto", plan, shards, latencies_s=latencies_s) as fleet:
         fleet.begin()
         fleet.finish()
         sent = sum(link.up_bytes for link in fleet.links.values())

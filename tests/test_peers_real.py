@@ -121,7 +121,7 @@ def real_peers(
 def test_three_real_peers_equal_the_simulated_ones(broker: Broker, tmp_path: Path) -> None:
     """One killed in training and resumed, models and trust are equal to the last bit."""
     shards = digits_shards(3)
-    with real_peers(tmp_path, broker, shards, rounds=3) as peers:
+    with real_peers(tmp_path, broker, shards, rounds=2) as peers:
         mark = tmp_path / "killed"
         make_crash(peers.processes["d01"], "mid-training", mark)
         for process in peers.processes.values():
@@ -130,7 +130,7 @@ def test_three_real_peers_equal_the_simulated_ones(broker: Broker, tmp_path: Pat
 
         real = peers.finish(90.0)
 
-    assert real == simulated(shards, rounds=3)
+    assert real == simulated(shards, rounds=2)
 
 
 @pytest.mark.slow

@@ -6,14 +6,26 @@ import pytest
 
 from tests import real
 
-DEVICES = 3
-PLAN = real.digits_plan(DEVICES, rounds=3, hidden=1100, epochs=3)
+DEVICES = 2
+PLAN = real.digits_plan(DEVICES, rounds=2, hidden=1100, epochs=3)
 """A model of 330 kB travels as six chunks, so there is a middle of a transfer."""
 
+# The state machines and the stores are killed at every moment elsewhere, without processes: one
+# phase of each stands for all where there is no time for the slow ones.
 AGENT_PHASES = [
-    "before-download", "mid-download", "mid-training", "before-upload", "mid-upload", "before-ack",
-]  # fmt: skip
-HUB_PHASES = ["round-open", "mid-gathering", "commit-ack", "mid-aggregation"]
+    pytest.param("before-download", marks=pytest.mark.slow),
+    pytest.param("mid-download", marks=pytest.mark.slow),
+    pytest.param("mid-training", marks=pytest.mark.slow),
+    pytest.param("before-upload", marks=pytest.mark.slow),
+    "mid-upload",
+    pytest.param("before-ack", marks=pytest.mark.slow),
+]
+HUB_PHASES = [
+    pytest.param("round-open", marks=pytest.mark.slow),
+    pytest.param("mid-gathering", marks=pytest.mark.slow),
+    "commit-ack",
+    pytest.param("mid-aggregation", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module")
