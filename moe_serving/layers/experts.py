@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_serving.layers.gating import Plan
+from moe_serving.layers.initial import draw_normal
 
 Activation: TypeAlias = Literal["relu", "gelu", "swiglu"]
 
@@ -110,8 +111,8 @@ class GroupedExperts(nn.Module):
         self.shape = shape
         self.w_in_ERD = nn.Parameter(torch.empty(n_experts, shape.rows_in, shape.d_model))
         self.w_out_EDF = nn.Parameter(torch.empty(n_experts, shape.d_model, shape.d_expert))
-        nn.init.normal_(self.w_in_ERD, std=shape.d_model**-0.5)
-        nn.init.normal_(self.w_out_EDF, std=shape.d_expert**-0.5)
+        draw_normal(self.w_in_ERD, shape.d_model)
+        draw_normal(self.w_out_EDF, shape.d_expert)
 
     def weights_of(self, expert: int) -> ExpertWeights:
         """Views of one expert's matrices."""

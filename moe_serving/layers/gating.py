@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_serving.layers.initial import draw_normal
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -56,7 +58,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         self.top_k = top_k
         self.is_normalised = is_normalised
-        nn.init.normal_(self.weight, std=d_model**-0.5)
+        draw_normal(self.weight, d_model)
 
     @property
     def n_experts(self) -> int:

@@ -1,5 +1,6 @@
 """The block that decoder and classifier are made of: rotary attention, then experts."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,11 @@ def moe_layer(config: ModelConfig, number: int) -> MoELayer:
         expert_shape(config),
         is_normalised=config.is_normalised,
     )
+
+
+def embedding(n_tokens: int, d_model: int) -> nn.Embedding:
+    """An embedding whose weights nobody has drawn yet; torch's own always draws them."""
+    return nn.Embedding(n_tokens, d_model, _weight=torch.empty(n_tokens, d_model))
 
 
 class RotaryAttention(nn.Module):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_serving.layers.gating import Choice
+from moe_serving.layers.initial import draw_normal
 from moe_serving.layers.moe import MoELayer
 from moe_serving.models.attention import rotary_angles
-from moe_serving.models.blocks import Block, RotaryAttention, moe_layer
+from moe_serving.models.blocks import Block, RotaryAttention, embedding, moe_layer
 from moe_serving.models.config import DecoderConfig, check
 from moe_serving.models.rows import KVCache, group_rows
 
@@ -21,8 +22,8 @@ class DecoderLM(nn.Module):
         super().__init__()
         check(config)
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
+        self.embedding = embedding(config.vocabulary_size, config.d_model)
+        draw_normal(self.embedding.weight, config.d_model)
         blocks = (_block(config, number) for number in range(config.n_layers))
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)

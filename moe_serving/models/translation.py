@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from federation.errors import DataError
 from moe_serving.layers.gating import Choice
+from moe_serving.layers.initial import draw_normal
 from moe_serving.layers.moe import MoELayer
+from moe_serving.models.blocks import embedding
 from moe_serving.models.config import TranslationConfig, check
 from moe_serving.models.rows import KVCache, group_rows
 from moe_serving.models.translation_blocks import RelativeBias, TranslationBlock, TranslationCache
@@ -72,7 +74,8 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         check(config)
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary_size, config.d_model)
+        self.embedding = embedding(config.vocabulary_size, config.d_model)
+        draw_normal(self.embedding.weight, 1)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.head = nn.Linear(config.d_model, config.vocabulary_size, bias=False)

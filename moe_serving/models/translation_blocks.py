@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from moe_serving.layers.experts import activate
 from moe_serving.layers.gating import Choice
+from moe_serving.layers.initial import draw_normal
 from moe_serving.layers.moe import MoELayer
 from moe_serving.models.attention import attend, attend_rows
 from moe_serving.models.blocks import moe_layer
@@ -24,7 +25,7 @@ class RelativeBias(nn.Module):
         self.distance = config.relative_distance
         self.is_causal = is_causal
         self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.n_heads))
-        nn.init.normal_(self.weight, std=config.d_model**-0.5)
+        draw_normal(self.weight, config.d_model)
 
     def forward(self, queries_Q: Tensor, keys_L: Tensor) -> Tensor:
         """Positions [..., Q] and [L] to a bias [..., H, Q, L]."""
