@@ -14,8 +14,8 @@ from moe_serving.buffering.trace import Shape
 HALF_LIVES = (1.0, 4.0, 32.0, 256.0)
 """In visits of the expert's own layer; from the last token's echo to a document's topic."""
 
-RARE = 1e-4
-"""Keeps logarithms of rates finite."""
+RARE = 1e-2
+"""Keeps log-odds of rates finite."""
 
 STEP = 0.1
 """AdaGrad's step; the answers are insensitive to it."""
@@ -27,7 +27,7 @@ class ExpectedReuse:
     """Learns online how soon each expert will be used again.
 
     Each expert keeps its activation rate over four half-lives. A logistic model of the rates'
-    logarithms and of whether the expert is active now, shared by all experts and trained at each
+    log-odds and of whether the expert is active now, shared by all experts and trained at each
     visit on what the gate just said (AdaGrad), gives p, the chance that the expert is active when
     its layer comes round. The expected distance to the next use, in visits, is then
 
@@ -52,7 +52,7 @@ class ExpectedReuse:
         # One half for the two middling rates: until it has learned, p is about the recent rate.
         self._weight_F: Vector = np.array([0.0, 0.5, 0.5, 0.0, 0.0, 0.0])
         self._slope_F: Vector = np.full(len(HALF_LIVES) + 2, 1e-2)
-        self._p_LE = np.clip(rate_LE, RARE, 1.0)
+        self._p_LE = np.clip(rate_LE, RARE, 1.0 - RARE)
         self._now = 0
         self._last_L = np.arange(shape.layers) - shape.layers
         self._gap_L = np.full(shape.layers, float(shape.layers))
@@ -96,8 +96,9 @@ class ExpectedReuse:
         # The fastest rate is at least one half exactly while the expert is active. As a feature
         # of its own this is worth up to five points of hit rate: an echo is no matter of rates.
         is_active_E1 = (rate_EH[:, :1] >= 0.5).astype(np.float64)
+        odds_EH = np.log((rate_EH + RARE) / (1 - rate_EH + RARE))
         ones_E1 = np.ones((self._experts, 1))
-        return np.concatenate([np.log(rate_EH + RARE), is_active_E1, ones_E1], axis=1)
+        return np.concatenate([odds_EH, is_active_E1, ones_E1], axis=1)
 
     def _chances(self, features_EF: Vector) -> Vector:
         logit_E = np.clip(features_EF @ self._weight_F, -9.0, 9.0)

@@ -1,6 +1,6 @@
 """A store of experts that keeps within a byte budget: residents, and buffers for the others."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -19,6 +19,9 @@ from moe_serving.layers.experts import Pack, PackedExpert
 
 Listener: TypeAlias = Callable[[int, Sequence[int]], None]
 """Told a visit's layer and counts_E."""
+
+Visit: TypeAlias = Generator[tuple[int, PackedExpert], None, None]
+"""Experts as they become ready. Whoever stops half-way closes it, or drops it."""
 
 IN_FLIGHT = 2
 """Buffers for misses: one runs while the next is read."""
@@ -154,7 +157,7 @@ class BufferedStore:
         absent = [key for key in keys if key not in self._held]
         self._expected = tuple(absent[: self._settings.foreseen_most])
 
-    def visit(self, layer: int, counts_E: Sequence[int]) -> Iterator[tuple[int, PackedExpert]]:
+    def visit(self, layer: int, counts_E: Sequence[int]) -> Visit:
         """Yields the active experts, residents first; run each before asking for the next.
 
         Raises:
@@ -181,9 +184,7 @@ class BufferedStore:
         self._held.clear()
         self._own_bytes = 0
 
-    def _run_misses(
-        self, layer: int, fetches: Sequence[Fetch]
-    ) -> Iterator[tuple[int, PackedExpert]]:
+    def _run_misses(self, layer: int, fetches: Sequence[Fetch]) -> Visit:
         done = 0
         try:
             for fetch in fetches:
