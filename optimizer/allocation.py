@@ -11,9 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
-from federation.errors import Infeasible
+from federation.errors import Infeasible, PlanError
 from optimizer.closing import close
 from optimizer.columns import Booleans, Columns, tabulate
+from optimizer.diagnosis import diagnose
 from optimizer.plan import Choice, Plan, Prices, WhyStopped
 from optimizer.pricing import Duals
 from optimizer.problem import Problem
@@ -94,7 +95,7 @@ def allocate(
     """The best plan among the pairs of a shortlist; bound and gap are those of the shortlist.
 
     Raises:
-        Infeasible: no plan keeps every rule.
+        Infeasible: no plan keeps every rule; the message says which and what would do.
     """
     effort = effort or Effort()
     begun = effort.clock()
@@ -104,7 +105,8 @@ def allocate(
 
     if shortlist is not None:
         table = table.restrict(shortlist.pairs_NP)
-    _refuse_without_teacher(table)
+    if not _has_teacher(table):
+        raise _infeasible(table, None)
     state = sweep(table, effort.tolerance, is_over, _duals_of(table, near))
     lower, why = state.lower, _why(state.gap, effort.tolerance)
     if why is None and is_over():
@@ -116,8 +118,8 @@ def allocate(
         lower, has_solver = close(state, effort.tolerance, left_s, effort.clock)
         gap = relative_gap(state.best.objective, lower)
         why = _why(gap, effort.tolerance) or ("time limit" if has_solver else "no solver")
-    if state.best.objective - table.penalty > -1e-9 and _breaks_a_rule(table, state.best):
-        raise Infeasible("no plan keeps every rule")
+    if not _keeps_all_rules(table, state.best):
+        raise _infeasible(table, why)
     return _plan_of(table, state, lower, why)
 
 
@@ -147,15 +149,29 @@ def prices_of(table: Columns, duals: Duals, makespan_s: float) -> Prices:
     return Prices(uplink, duals.server, duals.accuracy, table.time_price, makespan_s, table.users)
 
 
-def _refuse_without_teacher(table: Columns) -> None:
-    if not np.isfinite(table.seconds_offset) or table.seconds_offset > table.problem.deadline_s:
-        raise Infeasible("the teacher cannot train before the students")
-    if table.rows > table.users and not np.isfinite(table.seconds_NR[-1]).any():
-        raise Infeasible("the teacher cannot train beside the students")
+def _has_teacher(table: Columns) -> bool:
+    if table.seconds_offset > table.problem.deadline_s or not np.isfinite(table.seconds_offset):
+        return False
+    return table.rows == table.users or bool(np.isfinite(table.seconds_NR[-1]).any())
 
 
-def _breaks_a_rule(table: Columns, best: Selected) -> bool:
-    return not np.isfinite(best.objective) or best.objective >= table.penalty
+def _keeps_all_rules(table: Columns, best: Selected) -> bool:
+    if not np.isfinite(best.objective):
+        return False
+    out = len(table.layout.student_R) - 1
+    return not any(
+        user.is_required and raw == out
+        for user, raw in zip(table.problem.users, best.raw_N.tolist(), strict=False)
+    )
+
+
+def _infeasible(table: Columns, why: WhyStopped | None) -> PlanError:
+    conflicts = diagnose(table.problem).conflicts
+    if conflicts or why == "optimal":
+        return Infeasible("; ".join(conflicts or ["the shortlist leaves no plan that keeps all"]))
+    return PlanError(
+        "no plan that keeps every rule was found in time; none is ruled out: allow more time"
+    )
 
 
 def _plan_of(table: Columns, state: Sweep, lower: float, why: WhyStopped) -> Plan:

@@ -28,8 +28,8 @@ class Columns:
     """The table of one problem. `cost_NR` is in units of the objective, or BIG: not allowed.
 
     `gateway_N` is a place in `capacity_G`, whose last entry is the teacher's: no units.
-    `penalty` is what a required user pays for sitting out: more than any plan that keeps the
-    rules costs, so that there always is a plan and an unkept rule shows. `seconds_offset` and
+    `penalty` is what a required user pays extra for sitting out: more than the dearest plan costs
+    over the cheapest, so that there always is a plan and an unkept rule shows. `seconds_offset` and
     `cost_offset` are those of a teacher that trains before the students.
     """
 
@@ -103,7 +103,7 @@ def tabulate(problem: Problem) -> Columns:
         cost_NR[broken_NR] = BIG
     time_price = problem.weights.makespan / problem.weights.time_ref_s
     penalty = _penalty(cost_NR, raw.seconds, time_price)
-    cost_NR[facts.is_required_N, -1] = penalty
+    cost_NR[facts.is_required_N, -1] += penalty
     known = {gateway.name: place for place, gateway in enumerate(problem.gateways)}
     users = max(1, len(problem.users))
     before_j = problem.server.watts_per_unit * units_before * sequential_s

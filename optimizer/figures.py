@@ -6,6 +6,7 @@ S server choices, R columns.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -79,8 +80,8 @@ def gather(problem: Problem, layout: Layout) -> Facts:
     )
 
 
-def _array(rows: object, width: int) -> Floats:
-    return np.array(rows, float).reshape(-1, width)
+def _array(rows: list[Any], width: int) -> Floats:
+    return np.array(rows, float).reshape(len(rows), width)
 
 
 def _seconds_per_sample(
@@ -94,7 +95,7 @@ def _seconds_per_sample(
         ]
         for user in users
     ]
-    return np.array(rows, float).reshape(-1, modes, students).transpose(0, 2, 1)
+    return np.array(rows, float).reshape(len(users), modes, students).transpose(0, 2, 1)
 
 
 def _watts(users: tuple[User, ...], modes: int) -> Floats:
@@ -102,7 +103,7 @@ def _watts(users: tuple[User, ...], modes: int) -> Floats:
         [*(mode.watts for mode in user.modes), *([0.0] * (modes - len(user.modes)))]
         for user in users
     ]
-    return np.array(rows, float).reshape(-1, modes)
+    return np.array(rows, float).reshape(len(users), modes)
 
 
 def figure(problem: Problem, layout: Layout, facts: Facts) -> Figures:

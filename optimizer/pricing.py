@@ -112,19 +112,23 @@ def bound_curve(table: Columns, duals: Duals) -> Curve:
     return Curve(ranked.times[first:], total[first:], duals)
 
 
-def price_at(table: Columns, limit_s: float, near: Duals | None = None) -> Priced:
+def price_at(
+    table: Columns, limit_s: float, near: Duals | None = None, enough: float = np.inf
+) -> Priced:
     """The prices that make the bound at a makespan highest.
 
     Args:
         table: What can be chosen.
         limit_s: The makespan; at least `table.ranked.fastest_s`.
         near: Prices that may be close, of the last round or of a makespan nearby.
+        enough: A bound above this rules the makespan out: no need to seek higher ones. Beyond it
+            prices of a makespan that no plan can have would grow without end.
     """
     if not table.is_floored:
-        return _price_server(cells_at(table, limit_s, 0.0), near)
+        return _price_server(cells_at(table, limit_s, 0.0), near, enough)
 
     def at(price: float) -> Priced:
-        return _price_server(cells_at(table, limit_s, price), near)
+        return _price_server(cells_at(table, limit_s, price), near, enough)
 
     def spare(priced: Priced) -> float:
         chosen = chosen_columns(priced.cells, priced.uplink_level_N, priced.server_level_N)
@@ -132,13 +136,19 @@ def price_at(table: Columns, limit_s: float, near: Duals | None = None) -> Price
         return float(reached - table.accuracy_wanted)
 
     start = near.accuracy if near is not None and near.accuracy > 0.0 else 1.0 / table.users
-    return _bisect(at, spare, start, 1e3 * table.penalty)
+    return _bisect(at, spare, start, (1e3 * table.penalty, enough))
 
 
 def _bisect(
-    at: Callable[[float], Priced], spare: Callable[[Priced], float], start: float, most: float
+    at: Callable[[float], Priced],
+    spare: Callable[[Priced], float],
+    start: float,
+    most: tuple[float, float],
 ) -> Priced:
-    """The lowest price found at which something is spare, kept with the best bound found."""
+    """The lowest price found at which something is spare, kept with the best bound found.
+
+    `most` are the price and the bound beyond which it is not sought.
+    """
     fits = at(0.0)
     left = spare(fits)
     if left >= 0.0:
@@ -149,7 +159,7 @@ def _bisect(
         fits = at(high)
         left = spare(fits)
         best = max(best, fits, key=_value)
-        if left >= 0.0 or high > most:
+        if left >= 0.0 or high > most[0] or best.value > most[1]:
             break
         low, low_left, high = high, left, 4.0 * high
     for _ in range(_BISECTIONS):
@@ -191,14 +201,16 @@ def cells_at(table: Columns, limit_s: float, accuracy_price: float) -> Cells:
     return Cells(table, limit_s, accuracy_price, cost_NBS)
 
 
-def _price_server(cells: Cells, near: Duals | None) -> Priced:
+def _price_server(cells: Cells, near: Duals | None, enough: float) -> Priced:
     def at(price: float) -> Priced:
         return _price_uplink(cells, price)
 
-    return bisect_server(cells.table, at, near)
+    return bisect_server(cells.table, at, near, enough)
 
 
-def bisect_server(table: Columns, at: Callable[[float], Priced], near: Duals | None) -> Priced:
+def bisect_server(
+    table: Columns, at: Callable[[float], Priced], near: Duals | None, enough: float = np.inf
+) -> Priced:
     """The least price of a server unit at which what the rows take fits."""
 
     def spare(priced: Priced) -> float:
@@ -206,7 +218,7 @@ def bisect_server(table: Columns, at: Callable[[float], Priced], near: Duals | N
         return float(table.problem.server.units - used)
 
     start = near.server if near is not None and near.server > 0.0 else 0.1 / max(1, table.users)
-    return _bisect(at, spare, start, 1e3 * table.penalty)
+    return _bisect(at, spare, start, (1e3 * table.penalty, enough))
 
 
 def _price_uplink(cells: Cells, server_price: float) -> Priced:

@@ -1,4 +1,4 @@
-# ruff: noqa: N806, N815 - capitals at the end of a name are the shape of its array
+# ruff: noqa: N803, N806, N815 - capitals at the end of a name are the shape of its array
 """The columns that can be in a good plan, those of each row by time.
 
 Shapes: N rows, R columns before any is dropped, J that stay, A columns of one cell.

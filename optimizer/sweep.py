@@ -75,7 +75,7 @@ class Sweep:
             return False
         known = min(self.priced, key=lambda other: abs(other - place), default=None)
         near = self.duals if known is None else self.priced[known].duals
-        priced = price_at(self.table, float(self.times[place]), near)
+        priced = price_at(self.table, float(self.times[place]), near, self.best.objective)
         self.priced[place] = priced
         self.duals = priced.duals
         self.offer(round_up(priced))
@@ -109,10 +109,14 @@ def sweep(
     curve = bound_curve(table, start)
     idle = Selected(np.zeros(table.rows, np.int64), np.inf)
     state = Sweep(table, idle, curve.times, curve.bound.copy(), start, [curve])
-    if len(ranked.times) == 0:
+    if not table.rows:
+        state.best = Selected(np.zeros(0, np.int64), 0.0)
+    if not len(ranked.times):
         return state
-    # At the slowest makespan everything is allowed: a first plan, whatever happens then.
     state.offer(everybody_idle(table))
+    if state.best.objective >= table.penalty:
+        # Some must take part: at the slowest makespan they can most easily.
+        state.price(len(state.times) - 1)
     for _ in range(_TURNS):
         if not state.price(int(state.bound.argmin())) or state.gap <= tolerance or is_over():
             break
