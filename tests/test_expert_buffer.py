@@ -1,6 +1,7 @@
 """A model served within a byte budget answers as one that is held whole."""
 
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -146,6 +147,9 @@ def test_foreseen_experts_are_here_when_they_are_asked_for(checkpoint: Path) -> 
     store = open_store(checkpoint, Settings(8 * size, "lru", foreseen_most=2), pack=pack_plain)
     store.expect(1, [6, 7, 5])
     list(store.visit(0, [1, 1, 0, 0, 0, 0, 0, 0]))
+    deadline_s = time.monotonic() + 20
+    while store.counters().bytes_read < 4 * size and time.monotonic() < deadline_s:
+        time.sleep(0.001)
 
     list(store.visit(1, [0, 0, 0, 0, 0, 1, 1, 1]))
 
