@@ -24,6 +24,7 @@ FEATURES, LOGITS = "features", "logits"
 """What a teacher may say of a sample: what its classifier got, (N, d), and gave, (N, classes)."""
 
 _MIN_TEMPERATURE = 1e-3
+_LEAST_POWER = 1e-6  # A teacher that says nothing but 0 is imitated all the same.
 
 
 def said_of(taught: Tensor, done: Pass) -> Tensor:
@@ -47,12 +48,18 @@ def logit_distillation(taught: Tensor, tau: float, weight: float) -> OutputTerm:
     return term
 
 
-def feature_imitation(taught: Tensor, labels: float) -> OutputTerm:
-    """The mean over features of the squared distance to the teacher's + labels cross entropy."""
+def feature_imitation(taught: Tensor, counts: Tensor, weight: float, labels: float) -> OutputTerm:
+    """Weight times the mean square of what features lack + labels times the cross entropy.
+
+    It is in parts of the mean square of the teacher's features over the local samples, of which
+    there are as many as `counts` come to: a student who says 0 has a distance of 1.
+    """
+    entries = counts.sum(-1) * taught.shape[-1]
+    power = (taught.square().sum((-2, -1)) / entries).clamp_min(_LEAST_POWER)
 
     def term(done: Pass) -> Tensor:
         away = done.features - said_of(taught, done)
-        distance = batch_mean(away.square().mean(-1), done.shares)
+        distance = weight / power * batch_mean(away.square().mean(-1), done.shares)
         return distance + labels * cross_entropy(done) if labels else distance
 
     return term
@@ -78,7 +85,8 @@ def _simkd(scene: Scene) -> Objective:
             f"the teacher has {known.shape[-1]} features and the student's classifier takes "
             f"{width}: give the student the size projected = {known.shape[-1]}"
         )
-    term = feature_imitation(known, number_in(scene, "labels"))
+    weight, labels = number_in(scene, "weight"), number_in(scene, "labels")
+    term = feature_imitation(known, scene.counts, weight, labels)
     return Objective(term, resting=tuple(windows.values()))
 
 

@@ -21,6 +21,7 @@ METHODS: tuple[Method, ...] = (
         "devices a round; with very few a round it overshoots, unless `server_lr` is 0.3 or less",
         params={"server_lr": 1.0, "momentum": 0.9},
         aggregate=server_momentum,
+        stands_in=True,
     ),
     Method(
         name="fedadam",
@@ -32,6 +33,7 @@ METHODS: tuple[Method, ...] = (
         "sparse features; tune `server_lr` and `tau` together",
         params=_MOMENTS,
         aggregate=server_adam,
+        stands_in=True,
     ),
     Method(
         name="fedyogi",
@@ -43,5 +45,6 @@ METHODS: tuple[Method, ...] = (
         "slowly after one",
         params=_MOMENTS,
         aggregate=server_yogi,
+        stands_in=True,
     ),
 )

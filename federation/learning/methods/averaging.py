@@ -9,6 +9,7 @@ METHODS = (
         paper="arXiv:1602.05629",
         equation="Alg. 1",
         when_to_use="first: the baseline, and hard to beat while devices resemble each other",
+        stands_in=True,
     ),
     Method(
         name="fedprox",
@@ -19,5 +20,6 @@ METHODS = (
         loss="proximal",
         params={"mu": 0.01},
         tolerates_stale=True,
+        stands_in=True,
     ),
 )

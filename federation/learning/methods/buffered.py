@@ -18,5 +18,6 @@ METHODS: tuple[Method, ...] = (
         aggregate=buffered_mean,
         tolerates_stale=True,
         needs_delta=True,
+        stands_in=True,
     ),
 )

@@ -37,6 +37,7 @@ METHODS: tuple[Method, ...] = (
         when_to_use="devices' labels are skewed and nothing but the model may travel",
         loss="calibrated_softmax",
         params={"eps": 0.01},
+        stands_in=True,
     ),
     Method(
         name="fedlc",
@@ -51,6 +52,7 @@ METHODS: tuple[Method, ...] = (
         when_to_use="devices hold most classes, in very unequal numbers",
         loss="label_margin",
         params={"tau": 1.0},
+        stands_in=True,
     ),
     Method(
         name="fedrs",
@@ -61,5 +63,6 @@ METHODS: tuple[Method, ...] = (
         when_to_use="devices lack whole classes, and one extra multiplication is all they can pay",
         loss="restricted_softmax",
         params={"alpha": 0.5},
+        stands_in=True,
     ),
 )

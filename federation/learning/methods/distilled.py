@@ -14,6 +14,7 @@ METHODS: tuple[Method, ...] = (
         ),
         loss="not_true_distillation",
         params={"beta": 1.0, "tau": 1.0},
+        stands_in=True,
     ),
     Method(
         name="fedvls",
@@ -32,6 +33,7 @@ METHODS: tuple[Method, ...] = (
         ),
         loss="vacant_distillation",
         params={"lam": 0.1, "suppression": 0.005, "eps": 1e-8},
+        stands_in=True,
     ),
     Method(
         name="moon",

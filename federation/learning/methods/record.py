@@ -65,7 +65,10 @@ class Method:
     model, to devices and back; their names have a slash.
     `tolerates_stale` says whether an update trained from an older base may still count,
     `needs_delta` whether updates must travel as differences to their base, `narrower` whether
-    devices may train models of which each tensor is a leading slice of the base's.
+    devices may train models of which each tensor is a leading slice of the base's,
+    `stands_in` whether a device's digital agent may train in its place: what the device sends then
+    follows from base, plan and data, and from nothing it remembers. Where `is_personal` each
+    device has a model of its own, and none are averaged: `aggregate` is then asked for nothing.
     """
 
     name: str
@@ -82,6 +85,8 @@ class Method:
     tolerates_stale: bool = False
     needs_delta: bool = False
     narrower: bool = False
+    stands_in: bool = False
+    is_personal: bool = False
 
     def settings(self, given: Numbers) -> dict[str, float]:
         """All numbers of the method: those given, and the defaults of the others.

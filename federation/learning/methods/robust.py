@@ -25,6 +25,7 @@ METHODS: tuple[Method, ...] = (
         when_to_use="up to half the devices may lie, and honest ones resemble each other; "
         "under skewed labels it loses more accuracy than the trimmed mean",
         aggregate=coordinate_median,
+        stands_in=True,
     ),
     Method(
         name="trimmed_mean",
@@ -38,6 +39,7 @@ METHODS: tuple[Method, ...] = (
         "median where nobody does",
         params={"trim": 0.3},
         aggregate=trimmed_mean,
+        stands_in=True,
     ),
     Method(
         name="krum",
@@ -49,6 +51,7 @@ METHODS: tuple[Method, ...] = (
         "one, so first try multi_krum",
         params={"byzantine": 0.0},
         aggregate=krum,
+        stands_in=True,
     ),
     Method(
         name="multi_krum",
@@ -60,5 +63,6 @@ METHODS: tuple[Method, ...] = (
         "and the honest rest is averaged",
         params={"byzantine": 0.0, "keep": 0.0},
         aggregate=multi_krum,
+        stands_in=True,
     ),
 )

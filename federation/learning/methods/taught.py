@@ -17,6 +17,8 @@ METHODS: tuple[Method, ...] = (
             "and all devices have seen most classes"
         ),
         loss="logit_distillation",
+        stands_in=True,
+        is_personal=True,
         params={"tau": 4.0, "weight": 1.0},
     ),
     Method(
@@ -25,16 +27,20 @@ METHODS: tuple[Method, ...] = (
         paper="arXiv:2303.06155",
         equation="Eq. 27 (SimKD): the squared distance of projected features to the teacher's",
         departs=(
-            "The distance is a mean over features, as in SimKD's own code. The projector is one "
-            "dense layer and a rectifier on what a zoo model's classifier would get, where "
-            "SimKD has three convolutions. Without a teacher's answers a device learns from its "
-            "own labels alone."
+            "The distance is a part of the mean square of the teacher's features, times `weight`, "
+            "so that the rate of other losses will do, whatever the teacher. The projector is one dense layer and a "
+            "rectifier on what a zoo model's classifier would get, where SimKD has three "
+            "convolutions. `labels` adds so much of the cross entropy through the teacher's "
+            "classifier: 0 is the paper's. Without a teacher's answers a device learns from "
+            "its own labels alone."
         ),
         when_to_use=(
             "devices have seen few of the classes each and want to know the others too, and "
             "their owners let the hub mirror their data"
         ),
         loss="feature_imitation",
-        params={"labels": 0.0},
+        stands_in=True,
+        is_personal=True,
+        params={"weight": 15.0, "labels": 0.0},
     ),
 )

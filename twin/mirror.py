@@ -1,0 +1,274 @@
+"""Data that devices mirror to their twins: only where the owner allows it, and deletable.
+
+```
+<folder>/<device>.safetensors    the samples of one device
+<folder>/ledger.jsonl            who allowed, sent and deleted what, each line sealed by the next
+```
+
+Nothing is kept of a device that was not allowed, and an allowance is for one device. Revoking
+deletes the file, and the ledger says so: digest, bytes and time of what is gone. Each entry names
+the SHA-256 of the line before it, so no entry can be changed or left out without a trace.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from federation.errors import CodecError, DataError, StoreError
+from federation.learning.data import LocalData, as_local_data
+from federation.learning.samples import sample_digest
+from federation.protocol.codec import Weights, decode, encode
+
+X, Y = "mirror/x", "mirror/y"
+"""The tensors of a mirror: the samples, and their labels as numbers."""
+
+MOST_BYTES = 64 << 20
+"""The most one device may mirror, unless the store is told otherwise."""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the ledger. `digest` is of samples, `at` in seconds of the hub's clock."""
+
+    what: Literal["allowed", "mirrored", "deleted", "revoked"]
+    device: str
+    at: float
+    digest: str = ""
+    samples: int = 0
+    size_bytes: int = 0
+    before: str = ""
+
+
+def pack_mirror(data: LocalData) -> bytes:
+    """The bytes in which a device's samples travel to its twin.
+
+    Raises:
+        DataError: labels that no float32 tells apart.
+    """
+    if data.samples and data.y.max() >= 1 << 24:
+        raise DataError(f"label {data.y.max()} is too large to mirror: number classes from 0")
+    return encode({X: data.x, Y: data.y.astype(np.float32)})
+
+
+def unpack_mirror(payload: bytes) -> LocalData:
+    """The samples in these bytes, checked: they may come from anybody.
+
+    Raises:
+        CodecError: no tensors.
+        DataError: other tensors than samples and their labels, or values that are none.
+    """
+    tensors: Weights = decode(payload)
+    if tensors.keys() != {X, Y}:
+        raise DataError(f"a mirror has tensors {sorted(tensors)}; expected {X} and {Y}: refuse it")
+    return as_local_data(tensors[X], tensors[Y], "the mirror")
+
+
+class MirrorStore:
+    """What devices mirror, below one folder. One writer at a time."""
+
+    def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
+        self._folder = folder
+        self._ledger = folder / "ledger.jsonl"
+        self._most_bytes = most_bytes
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._seal, self._allowed = self._read()
+            for path in folder.glob("*.safetensors"):
+                # A power cut between the ledger's line and the deletion: finish it now.
+                if path.stem not in self._allowed:
+                    path.unlink()
+        except OSError as error:
+            raise _failed("open", folder, error) from error
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that have mirrored something, in order."""
+        return tuple(sorted(path.stem for path in self._folder.glob("*.safetensors")))
+
+    def allows(self, device: str) -> bool:
+        """Whether the owner of this device allows mirroring now."""
+        return device in self._allowed
+
+    def allow(self, device: str, now: float) -> None:
+        """The owner allows it: said by the device itself. Again is no second entry.
+
+        Raises:
+            StoreError: the ledger cannot be written.
+        """
+        if device not in self._allowed:
+            self._write(Entry(what="allowed", device=device, at=now))
+            self._allowed.add(device)
+
+    def put(self, device: str, payload: bytes, now: float) -> str:
+        """Keep these samples in place of older ones; their digest.
+
+        Raises:
+            DataError: the owner does not allow it, more bytes than are kept, or no samples.
+            CodecError: bytes that are no tensors.
+            StoreError: the disk is full, read-only or broken.
+        """
+        if device not in self._allowed:
+            raise DataError(
+                f"{device} mirrors data and its owner has not allowed it: refuse what came"
+            )
+        if len(payload) > self._most_bytes:
+            raise DataError(
+                f"{device} mirrors {len(payload)} bytes; at most {self._most_bytes} are kept: "
+                "mirror fewer samples"
+            )
+        data = unpack_mirror(payload)
+        digest = sample_digest(data)
+        try:
+            _write_whole(self._path(device), payload)
+        except OSError as error:
+            raise _failed("write", self._path(device), error) from error
+        self._write(
+            Entry(
+                what="mirrored",
+                device=device,
+                at=now,
+                digest=digest,
+                samples=data.samples,
+                size_bytes=len(payload),
+            )
+        )
+        return digest
+
+    def read(self, device: str) -> LocalData:
+        """The samples of this device.
+
+        Raises:
+            DataError: it mirrors nothing, or its file is damaged.
+            StoreError: the file cannot be read.
+        """
+        path = self._path(device)
+        try:
+            return unpack_mirror(path.read_bytes())
+        except FileNotFoundError as error:
+            raise DataError(f"{device} mirrors no data: its owner may allow it") from error
+        except CodecError as error:
+            raise DataError(f"{path} is damaged ({error}): have it mirrored again") from error
+        except OSError as error:
+            raise _failed("read", path, error) from error
+
+    def revoke(self, device: str, now: float) -> Entry | None:
+        """The owner allows it no more: delete what there is; the ledger's entry of that.
+
+        None where the device was not allowed, or had mirrored nothing. It is written down that
+        the allowance is over before the file goes, so that a crash between ends in deletion.
+
+        Raises:
+            StoreError: the ledger cannot be written or the file cannot be deleted.
+        """
+        if device not in self._allowed:
+            return None
+        path = self._path(device)
+        gone = self._describe(device, now) if path.is_file() else None
+        self._write(Entry(what="revoked", device=device, at=now))
+        self._allowed.discard(device)
+        try:
+            path.unlink(missing_ok=True)
+            _sync_folder(self._folder)
+        except OSError as error:
+            raise _failed("delete", path, error) from error
+        if gone is not None:
+            self._write(gone)
+        return gone
+
+    def ledger(self) -> list[Entry]:
+        """All entries, in order.
+
+        Raises:
+            StoreError: the ledger cannot be read, or was tampered with: an entry does not name
+                the line before it.
+        """
+        return [entry for entry, _ in self._entries()]
+
+    def _describe(self, device: str, now: float) -> Entry:
+        size_bytes = self._path(device).stat().st_size
+        last = [e for e in self.ledger() if e.device == device and e.what == "mirrored"][-1]
+        return Entry(
+            what="deleted",
+            device=device,
+            at=now,
+            digest=last.digest,
+            samples=last.samples,
+            size_bytes=size_bytes,
+        )
+
+    def _read(self) -> tuple[str, set[str]]:
+        seal, allowed = "", set[str]()
+        for entry, line in self._entries():
+            seal = hashlib.sha256(line).hexdigest()
+            if entry.what == "allowed":
+                allowed.add(entry.device)
+            elif entry.what == "revoked":
+                allowed.discard(entry.device)
+        return seal, allowed
+
+    def _entries(self) -> Iterator[tuple[Entry, bytes]]:
+        try:
+            lines = self._ledger.read_bytes().splitlines() if self._ledger.is_file() else []
+        except OSError as error:
+            raise _failed("read", self._ledger, error) from error
+        seal = ""
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = msgspec.json.decode(line, type=Entry)
+            except msgspec.DecodeError as error:
+                raise StoreError(
+                    f"line {number} of {self._ledger} is no entry ({error}): restore it from a copy"
+                ) from error
+            if entry.before != seal:
+                raise StoreError(
+                    f"line {number} of {self._ledger} does not follow the line before it; entries "
+                    "were changed or left out: restore it from a copy"
+                )
+            seal = hashlib.sha256(line).hexdigest()
+            yield entry, line
+
+    def _write(self, entry: Entry) -> None:
+        line = msgspec.json.encode(msgspec.structs.replace(entry, before=self._seal))
+        try:
+            with self._ledger.open("ab") as file:
+                file.write(line + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _failed("write", self._ledger, error) from error
+        self._seal = hashlib.sha256(line).hexdigest()
+
+    def _path(self, device: str) -> Path:
+        if not device or not set(device) <= _NAME:
+            raise DataError(f"{device[:80]!r} is no name of a device: refuse what came")
+        return self._folder / f"{device}.safetensors"
+
+
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def _write_whole(path: Path, payload: bytes) -> None:
+    """The file is the old one or the new one, through a power cut too."""
+    arriving = path.with_suffix(".arriving")
+    with arriving.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    arriving.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _failed(verb: str, path: Path, error: OSError) -> StoreError:
+    return StoreError(f"cannot {verb} {path} ({error.strerror}): mend the disk or its permissions")
