@@ -4,6 +4,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from federation.commands import HUB, further
 from federation.errors import HeadwaterError
 
 
@@ -15,6 +16,8 @@ def main() -> None:
         # It takes a second to load: Ctrl-C meanwhile shall end it without a word.
         from cloud.commands import app
 
+        for name, verb in further(HUB, sys.argv[1:]):
+            app.command(name=name)(verb)
         app()
     except HeadwaterError as error:
         sys.stderr.write(f"headwater-hub: {error}\n")

@@ -54,7 +54,7 @@ def serve(
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     # Alembic's own account of a migration is of no interest to who starts a hub.
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    settings = _read_hub(config)
+    settings = read_hub(config)
     with serving(settings, clock=steady_clock(), rng=random.Random()) as (runner, broker_url):  # noqa: S311 -- jitter
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: runner.stop())
@@ -71,7 +71,7 @@ def start(
     hub: HubOption = DEFAULT,
 ) -> None:
     """Ask for a run; the hub opens it when the one before has ended."""
-    config = _read_hub(hub)
+    config = read_hub(hub)
     run = _read_plan(plan, config)
     with _record(config, hub) as store:
         ahead = [r.plan.name for r in store.runs() if r.status in ("requested", "active")]
@@ -86,7 +86,7 @@ def start(
 @app.command()
 def stop(run: str, hub: HubOption = DEFAULT) -> None:
     """Ask for the end of a run; the model of its last closed round stands."""
-    config = _read_hub(hub)
+    config = read_hub(hub)
     with _record(config, hub) as store:
         store.request_stop(run)
     when = "soon" if find_holder(config.folder) else "when the hub is running again"
@@ -96,7 +96,7 @@ def stop(run: str, hub: HubOption = DEFAULT) -> None:
 @app.command()
 def status(hub: HubOption = DEFAULT, as_json: Json = False) -> None:
     """Show the hub, its runs and its devices."""
-    config = _read_hub(hub)
+    config = read_hub(hub)
     holder = find_holder(config.folder)
     with _record(config, hub) as store:
         found = showing.Status(hub=holder, runs=store.runs(), devices=store.devices())
@@ -106,7 +106,7 @@ def status(hub: HubOption = DEFAULT, as_json: Json = False) -> None:
 @app.command()
 def why(run: str, hub: HubOption = DEFAULT, as_json: Json = False) -> None:
     """Say why a run waits, and why devices were not asked or dropped out."""
-    config = _read_hub(hub)
+    config = read_hub(hub)
     holder = find_holder(config.folder)
     with _record(config, hub) as store:
         found = explain(store, run, holder, steady_clock()())
@@ -118,7 +118,12 @@ def _end_now(*_: object) -> NoReturn:
     sys.exit(0)
 
 
-def _read_hub(path: Path) -> HubConfig:
+def read_hub(path: Path) -> HubConfig:
+    """The hub's configuration in this file, its folder resolved.
+
+    Raises:
+        ConfigError: no such file, or something wrong in it.
+    """
     if not path.exists():
         raise ConfigError(
             f"there is no hub's file {path}; a TOML file was expected, and an empty one will do: "
