@@ -81,21 +81,33 @@ class AllAt:
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """One user after the other, the fastest first, takes what adds least to the objective."""
+    """One user after the other, the fastest first, takes what adds least to the objective.
+
+    Of units it gets at most `shares` times its even share of what is left, or one: without that
+    the first take everything.
+    """
+
+    shares: float = 2.0
 
     def choose(self, table: Columns) -> Shortlist:
-        """One pair for each user: that of the column that fits what the others have left."""
+        """One pair for each user: that of the column taken."""
         layout = table.layout
         left_G, left_server = table.capacity_G.copy(), float(table.problem.server.units)
+        waiting_G = np.bincount(table.gateway_N[: table.users], minlength=len(left_G))
         seconds_NP = by_pair(table, table.seconds_NR)
         makespan_s = 0.0
         pair_N = np.full(table.users, layout.pairs - 1)
         for row in np.argsort(seconds_NP[:, :-1].min(axis=1), kind="stable").tolist():
             gateway = table.gateway_N[row]
-            fits_R = (layout.uplink_R <= left_G[gateway]) & (layout.server_R <= left_server)
+            uplink = min(
+                left_G[gateway], max(1.0, self.shares * left_G[gateway] / waiting_G[gateway])
+            )
+            server = min(left_server, max(1.0, self.shares * left_server / waiting_G.sum()))
+            fits_R = (layout.uplink_R <= uplink) & (layout.server_R <= server)
             later_R = np.maximum(0.0, table.seconds_NR[row] - makespan_s)
             added_R = table.cost_NR[row] + table.time_price * later_R
             raw = int(np.where(fits_R, added_R, 2.0 * BIG).argmin())
+            waiting_G[gateway] -= 1
             left_G[gateway] -= layout.uplink_R[raw]
             left_server -= float(layout.server_R[raw])
             makespan_s = max(makespan_s, float(table.seconds_NR[row, raw]))
