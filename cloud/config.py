@@ -43,6 +43,32 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
 
+class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP API of the hub: twins, health, metrics.
+
+    With the environment variable HEADWATER_TOKEN set, whoever asks must bear that token; beyond
+    this machine one is required.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"http.port is {self.port}; it lies between 0 and 65535: correct it")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in ("127.0.0.1", "::1", "localhost")
+
+
+class TwinsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The twins of the fleet; with `follow` false nothing is learned of its devices."""
+
+    follow: bool = True
+
+
 class HubConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The hub: where it keeps its record, and how it is reached.
 
@@ -54,6 +80,8 @@ class HubConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     folder: Path = Path("hub")
     database: str = ""
     broker: BrokerConfig = BrokerConfig()
+    http: HttpConfig | None = None
+    twins: TwinsConfig = TwinsConfig()
 
     def __post_init__(self) -> None:
         _check(self.namespace, "namespace")
@@ -103,7 +131,8 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One run of training, as `run.toml` says it.
 
     `evaluation` is a folder of `.npz` or `.csv` files the hub measures each new model on.
-    `seed` decides the initial weights, who is chosen, and the order of batches.
+    `seed` decides the initial weights, who is chosen, and the order of batches. `selection` says
+    how: each with the same chance, or by what their twins forecast.
     """
 
     name: str
@@ -114,6 +143,7 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     training: TrainingPlan = TrainingPlan()
     uplink: UplinkPlan = UplinkPlan()
     release: ReleasePlan = ReleasePlan()
+    selection: Literal["uniform", "forecast"] = "uniform"
     evaluation: Path | None = None
     seed: int = 0
 

@@ -22,13 +22,15 @@ from cloud.coordination.facts import HubFact, RoundClosed, RunEnded
 from cloud.initial import initial_model
 from cloud.record.registry import Registry
 from cloud.record.store import Store
+from cloud.twins.follower import Follower
+from cloud.twins.selecting import Choosing, Task
+from cloud.twins.store import TwinStore, wish_of
 from federation.errors import ConfigError, ProtocolError, StoreError
 from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
 from federation.protocol.link import Arrived, MailboxConfig
 from federation.protocol.messages import AnyLetter, HubState, seal
 from federation.protocol.mqtt import Mailbox
 from federation.protocol.topics import Route, open_letter, parse, route
-from optimizer.selection import Selector
 
 POLL_S = 0.25
 """How often the hub looks for runs that operators ask for."""
@@ -46,11 +48,16 @@ _log = logging.getLogger("headwater.hub")
 
 
 @dataclass(frozen=True, slots=True)
+class _Wished:
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-_Event: TypeAlias = Arrived | Link | Exported | _Stop
+_Event: TypeAlias = Arrived | Link | Exported | _Wished | _Stop
 
 
 class HubRunner:
@@ -61,7 +68,6 @@ class HubRunner:
         config: HubConfig,
         mailbox: MailboxConfig,
         *,
-        select: Selector,
         tend_broker: Callable[[], bool],
         clock: Callable[[], float],
         rng: random.Random,
@@ -69,13 +75,15 @@ class HubRunner:
         mailbox.check()
         self._config = config
         self._mailbox_config = mailbox
-        self._select = select
         self._tend_broker = tend_broker
         self._clock = clock
         self._rng = rng
         self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._registry = Registry(config.folder)
         self._store = Store(config.database_url)
+        self.twins = TwinStore(config.database_url)
+        self._follower = Follower(self.twins)
+        self._select = Choosing(self.twins, self._task, lambda: self._coordinator.wishes, clock)
         self._epoch = 0
         self._mailbox: Mailbox | None = None
         self._read_model = lru_cache(maxsize=4)(self._registry.read)
@@ -86,6 +94,8 @@ class HubRunner:
     def run(self) -> None:
         """Run until `stop`; then tell the devices, so that they hold what they have."""
         pause_s = RETRY_S[0]
+        if self._config.twins.follow:
+            self._follower.start()
         try:
             while not self._is_stopping:
                 try:
@@ -102,12 +112,18 @@ class HubRunner:
         finally:
             self._hang_up(self._sealed(HubState(online=False)))
             self._appraiser.close()
+            self._follower.close()
+            self.twins.close()
             self._store.close()
 
     def stop(self) -> None:
         """End `run` soon; from any thread, or a signal handler."""
         self._is_stopping = True
         self._inbox.put(_Stop())
+
+    def wished(self, device: str) -> None:
+        """Somebody wrote what is desired of this device; from any thread."""
+        self._inbox.put(_Wished(device))
 
     def _rest(self, pause_s: float) -> None:
         """Wait for this long, or until `stop`."""
@@ -126,6 +142,7 @@ class HubRunner:
         self._epoch = self._store.next_epoch(first=int(self._clock() * 1000))
         _log.info("hub begins epoch=%d folder=%s", self._epoch, self._config.folder)
         memory = self._store.restore(self._registry)
+        memory.wishes = self.twins.wishes()
         self._coordinator = Coordinator(
             memory, select=self._select, read_content=self._read_content
         )
@@ -197,6 +214,9 @@ class HubRunner:
                 return self._coordinator.on_link(event, now)
             case Exported():
                 return self._coordinator.on_released(event.release, event.onnx, now)
+            case _Wished(device):
+                wish = wish_of(self.twins.twin(device).shadow)
+                return self._coordinator.on_wish(device, wish, now)
             case _Stop():
                 return []
 
@@ -275,6 +295,10 @@ class HubRunner:
                     self._appraiser.appraise(last)
             case _:
                 pass
+
+    def _task(self) -> Task | None:
+        run = self._coordinator.run
+        return Task(run.plan, run.content.size) if run is not None else None
 
     def _read_content(self, digest: str) -> bytes | None:
         try:

@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from cloud.broker import start_broker
 from cloud.config import HubConfig
@@ -11,7 +11,6 @@ from cloud.holder import Holder, hold, introduce
 from cloud.runner import HubRunner
 from federation.protocol.link import MailboxConfig
 from federation.protocol.topics import hub_filters
-from optimizer.baselines import select_uniformly
 
 
 @contextmanager
@@ -48,11 +47,20 @@ def serving(
             window=200,
             backoff_s=(0.2, 5.0),
         )
-        runner = HubRunner(
-            config, mailbox, select=select_uniformly, tend_broker=tend, clock=clock, rng=rng
-        )
+        runner = HubRunner(config, mailbox, tend_broker=tend, clock=clock, rng=rng)
+        if config.http is not None:
+            stack.enter_context(_http(config, runner, clock))
         introduce(handle, Holder(pid=os.getpid(), broker=url, since=clock()))
         yield runner, url
+
+
+def _http(
+    config: HubConfig, runner: HubRunner, clock: Callable[[], float]
+) -> AbstractContextManager[str]:
+    # Late: a hub without [http] needs no web framework.
+    from cloud.api.serving import serving_http
+
+    return serving_http(config, runner.twins, wished=runner.wished, clock=clock)
 
 
 def _leave_alone() -> bool:

@@ -10,6 +10,7 @@ from cloud.record.registry import Registry
 from cloud.record.store import Store
 from cloud.twins.store import TwinStore
 from federation.errors import TwinConflictError, TwinError
+from federation.protocol.wishes import DesiredState
 from tests.histories import History, commit, send, with_open_round
 from twin.shadow import Edit
 
@@ -100,7 +101,7 @@ def test_a_wish_is_written_once_and_read_by_revision(
         twins.edit("d1", [wish({"enabled": True})], {"desired": 0})
     twins.edit("d1", [wish({"enabled": True}, 3000.0)], {"desired": 1})
 
-    assert twins.wishes() == {"d1": (2, {"enabled": True})}
+    assert twins.wishes() == {"d1": DesiredState(version=2, document={"enabled": True})}
     assert twins.as_it_was("d1", revision=2).desired.state == {"enabled": False}
     assert twins.as_it_was("d1", at=1500.0).desired.state == {}
     assert [change.actor for change in twins.changes("d1", after=1)] == ["me", "me"]

@@ -74,7 +74,7 @@ class Coordinator:
             shares_memory=shares_memory,
         )
         self._releases = dict(memory.releases)
-        self._wishes = dict(memory.wishes)
+        self.wishes = dict(memory.wishes)
         self._read_content = read_content
 
     @property
@@ -162,7 +162,7 @@ class Coordinator:
 
     def on_wish(self, device: str, wish: DesiredState, now: float) -> Effects:
         """Something is desired of a device: tell it now, or when it is born next."""
-        self._wishes[device] = wish
+        self.wishes[device] = wish
         if self.fleet.is_there(device):
             self._outbox.say(wish, device)
         return self._finish(now)
@@ -192,8 +192,8 @@ class Coordinator:
                 self._conductor.mark(entry.attempt, "assigned", "", now)
                 self._conductor.assign(entry, now)
         self._outbox.say(m.Welcome(epoch=epoch, open_attempts=tuple(listed)), device)
-        if device in self._wishes:
-            self._outbox.say(self._wishes[device], device)
+        if device in self.wishes:
+            self._outbox.say(self.wishes[device], device)
 
     def _on_presence(self, device: str, epoch: int, presence: m.Presence, now: float) -> None:
         if not self.fleet.present(device, epoch, presence):

@@ -6,6 +6,7 @@ read, and reading it again from the beginning gives the same twins.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,6 +26,8 @@ from twin.shadow import Change, Edit, Shadow, Source, write
 
 SAID = frozenset({"settings", "energy"})
 """Features that a device says of itself in a `ReportedState`; it has all of them each time."""
+
+_log = logging.getLogger("headwater.twins")
 
 Key = tuple[str, int, str]
 """Run, round and device."""
@@ -68,8 +71,13 @@ class Fold:
     def take(self, event: EventRow) -> None:
         """Fold one event in; those that tell nothing of a device are passed over."""
         handler = _HANDLERS.get(event.kind)
-        if handler is not None:
+        if handler is None:
+            return
+        try:
             handler(self, event)
+        except (KeyError, TypeError, msgspec.ValidationError, TwinError) as error:
+            # An entry that another version wrote, or that was cut: the rest shall not wait.
+            _log.warning("event %d of kind %s left out: %r", event.id, event.kind, error)
 
     def is_known(self, device: str) -> bool:
         """Whether there is a twin of this device; it is then in `shadows` and `models`."""
@@ -148,7 +156,7 @@ def _born(fold: Fold, event: EventRow) -> None:
             device=event.device, created_at=event.at, modified_at=event.at
         )
         fold.models[event.device] = TwinModel()
-    hardware = msgspec.to_builtins(capability)
+    hardware = msgspec.json.decode(msgspec.json.encode(capability))
     connection = {"state": "ready", "epoch": event.detail.get("epoch", 0)}
     fold.report(event, {"hardware": hardware, "connection": connection}, "configured", "birth")
     seen = observed(fold.models[event.device].availability, event.at, is_there=True)

@@ -28,7 +28,7 @@ class RecordDesk:
 
     def __init__(self, connection: Connection, events: Sequence[EventRow]) -> None:
         self._connection = connection
-        self._twins = _twins(connection, _named(events))
+        self._twins = twins_named(connection, _named(events), for_update=True)
         self._plans: dict[str, RunPlan | None] = {}
         self._parts: dict[Key, Part] = {}
         for (run, number), devices in _by_round(events).items():
@@ -37,7 +37,7 @@ class RecordDesk:
     def twin(self, device: str) -> tuple[Shadow, TwinModel] | None:
         """The twin of a device, as it was before this page of the log."""
         if device not in self._twins:
-            self._twins |= _twins(self._connection, [device])
+            self._twins |= twins_named(self._connection, [device], for_update=True)
         return self._twins.get(device)
 
     def plan(self, run: str) -> RunPlan | None:
@@ -64,7 +64,7 @@ class RecordDesk:
         found = _open(self._connection, run, number, None)
         self._parts = found | self._parts
         named = sorted({device for _, _, device in found} - self._twins.keys())
-        self._twins |= _twins(self._connection, named)
+        self._twins |= twins_named(self._connection, named, for_update=True)
         return list(found)
 
 
@@ -228,16 +228,19 @@ def _named(events: Sequence[EventRow]) -> list[str]:
     return sorted(names.union(*(event.detail["attempts"] for event in rounds)))
 
 
-def _twins(connection: Connection, devices: list[str]) -> dict[str, tuple[Shadow, TwinModel]]:
+def twins_named(
+    connection: Connection, devices: Sequence[str], *, for_update: bool = False
+) -> dict[str, tuple[Shadow, TwinModel]]:
+    """The twins of these devices, by name; whoever has none is left out."""
     found: dict[str, tuple[Shadow, TwinModel]] = {}
     for begin in range(0, len(devices), AT_ONCE):
         chosen = (
             select(t.Twin.device, t.Twin.shadow, t.Twin.model)
             .where(t.Twin.device.in_(devices[begin : begin + AT_ONCE]))
             .order_by(t.Twin.device)
-            .with_for_update()
         )
-        found |= {row.device: (row.shadow, row.model) for row in connection.execute(chosen)}
+        rows = connection.execute(chosen.with_for_update() if for_update else chosen)
+        found |= {row.device: (row.shadow, row.model) for row in rows}
     return found
 
 

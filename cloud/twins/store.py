@@ -15,8 +15,8 @@ from cloud.record import tables as t
 from cloud.record.database import in_words, open_database
 from cloud.twins import keeping
 from cloud.twins.following import Fold
-from cloud.twins.judging import Part
 from federation.errors import TwinError
+from federation.protocol.wishes import DesiredState
 from twin.forecast import Forecast
 from twin.history import as_of_revision, as_of_time
 from twin.model import Trial, TwinModel
@@ -40,6 +40,11 @@ class ForecastRow(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str | None
     trial: Trial
     forecast: Forecast | None
+
+
+def wish_of(shadow: Shadow) -> DesiredState:
+    """The letter that tells a device what is desired of it."""
+    return DesiredState(version=shadow.desired.version, document=shadow.desired.state)
 
 
 class TwinStore:
@@ -75,17 +80,30 @@ class TwinStore:
         with self._reading() as connection:
             return TwinRow(**keeping.row_of(connection, device)._asdict())
 
+    def of(self, devices: Sequence[str]) -> dict[str, TwinRow]:
+        """The twins of these devices, by name; whoever has none is left out."""
+        with self._reading() as connection:
+            found = keeping.twins_named(connection, sorted(devices))
+        return {
+            device: TwinRow(shadow=shadow, model=model) for device, (shadow, model) in found.items()
+        }
+
     def fleet(self) -> TwinModel:
         """What is estimated of all devices together."""
         with self._reading() as connection:
             return connection.scalar(select(t.TwinFollowing.fleet)) or TwinModel()
 
-    def wishes(self) -> dict[str, tuple[int, dict[str, object]]]:
-        """What is desired of each device of which anything ever was, with its version."""
+    def followed(self) -> int:
+        """The event up to which the log was folded into the twins; 0 before the first."""
+        with self._reading() as connection:
+            return connection.scalar(select(t.TwinFollowing.event)) or 0
+
+    def wishes(self) -> dict[str, DesiredState]:
+        """What is desired of each device of which anything ever was."""
         chosen = select(t.Twin.shadow).where(t.Twin.desired_version > 0)
         with self._reading() as connection:
             found = connection.scalars(chosen.order_by(t.Twin.device))
-            return {each.device: (each.desired.version, each.desired.state) for each in found}
+            return {each.device: wish_of(each) for each in found}
 
     def changes(self, device: str, after: int = 0, limit: int = 1000) -> list[Change]:
         """What is kept of a twin's history, from the revision after this one on.
@@ -187,6 +205,3 @@ class TwinStore:
             connection.execution_options(writes=True).begin(),
         ):
             yield connection
-
-
-__all__ = ["ForecastRow", "Part", "TwinRow", "TwinStore"]
