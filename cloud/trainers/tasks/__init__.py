@@ -6,8 +6,9 @@ from cloud.trainers.plans import TrainPlan
 from cloud.trainers.task import Task
 from cloud.trainers.tasks.labelled import of_the_zoo, of_windows
 from cloud.trainers.tasks.language import of_text
+from cloud.trainers.tasks.translation import of_pairs
 from federation.errors import ConfigError
-from moe_serving.models.config import ClassifierConfig, DecoderConfig
+from moe_serving.models.config import ClassifierConfig, DecoderConfig, TranslationConfig
 
 
 def open_task(plan: TrainPlan, cache: Path) -> Task:
@@ -24,8 +25,7 @@ def open_task(plan: TrainPlan, cache: Path) -> Task:
             return of_windows(plan, plan.moe, cache)
         case DecoderConfig():
             return of_text(plan, plan.moe, cache)
-        case _:
-            raise ConfigError(
-                'moe.kind is "translation", which cannot be trained yet; expected "lm" or '
-                '"classifier": choose one of these'
-            )
+        case TranslationConfig():
+            return of_pairs(plan, plan.moe, cache)
+        case None:
+            raise ConfigError("the plan has no model; expected [model] or [moe]: give one")

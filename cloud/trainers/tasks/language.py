@@ -22,18 +22,28 @@ from moe_serving.tokens import ByteTokenizer
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Windows:
-    """Windows of `length` tokens of one long text, side by side; each predicts its next tokens."""
+    """Windows of `length` tokens of one long text; each predicts its next tokens.
+
+    They lie side by side; with `at_most` so many of them, spread evenly over the text, since its
+    beginning alone speaks of one time only.
+    """
 
     tokens: NDArray[np.int64]
     length: int
+    at_most: int = 0
 
     def __len__(self) -> int:
         """How many there are."""
+        return min(self._all, self.at_most) if self.at_most else self._all
+
+    @property
+    def _all(self) -> int:
         return (len(self.tokens) - 1) // self.length
 
     def batch(self, places: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Tokens (B, length), and the token after each (B, length)."""
-        at = places[:, None] * self.length + np.arange(self.length + 1)
+        spread = places * self._all // max(1, len(self))
+        at = spread[:, None] * self.length + np.arange(self.length + 1)
         cut = torch.from_numpy(self.tokens[at])
         return cut[:, :-1], cut[:, 1:]
 
@@ -84,16 +94,13 @@ def split_texts(corpus: Corpus, plan: DataPlan) -> tuple[Windows, Windows]:
         cut = count - max(1, round(plan.test_share * count))
         is_held = [place >= cut for place in range(count)]
     documents = list(zip(corpus.documents, is_held, strict=True))
-    train = _windows([text for text, held in documents if not held], plan.length)
-    test = _windows([text for text, held in documents if held], plan.length)
-    if plan.at_most:
-        train = Windows(train.tokens[: plan.at_most * plan.length + 1], plan.length)
-    return train, test
+    train = _windows([text for text, held in documents if not held], plan.length, plan.at_most)
+    return train, _windows([text for text, held in documents if held], plan.length)
 
 
-def _windows(documents: list[str], length: int) -> Windows:
+def _windows(documents: list[str], length: int, at_most: int = 0) -> Windows:
     tokenizer = ByteTokenizer()
     tokens: list[int] = []
     for text in documents:
         tokens += [*tokenizer.encode(text), tokenizer.end]
-    return Windows(np.array(tokens, np.int64), length)
+    return Windows(np.array(tokens, np.int64), length, at_most)
