@@ -242,9 +242,9 @@ class Continuous:
             tokens += part.sequence.tokens[part.first : part.last]
             positions += range(part.first, part.last)
             slots += [part.sequence.slot] * (part.last - part.first)
-        return self._model.step(
-            torch.tensor(tokens), torch.tensor(positions), torch.tensor(slots), torch.tensor(wanted)
-        )
+        # With their type: none may be wanted, and a tensor of nothing would be one of floats.
+        rows = [torch.tensor(each, dtype=torch.long) for each in (tokens, positions, slots, wanted)]
+        return self._model.step(rows[0], rows[1], rows[2], rows[3])
 
     def _take(
         self, parts: list[_Part], logits_WV: Tensor, now: float

@@ -65,6 +65,11 @@ class Engine:
         """Tokens in the queue."""
         return self._queue.tokens
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something waits or runs."""
+        return not self._is_idle()
+
     def start(self) -> None:
         """Begin to serve."""
         self._thread.start()
