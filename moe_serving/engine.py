@@ -66,9 +66,10 @@ class Engine:
         return self._queue.tokens
 
     @property
-    def is_busy(self) -> bool:
-        """Whether something waits or runs."""
-        return not self._is_idle()
+    def unfinished(self) -> int:
+        """How many requests wait or run."""
+        with self._bell:
+            return len(self._queue) + len(self._batcher.running)
 
     def start(self) -> None:
         """Begin to serve."""

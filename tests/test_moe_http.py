@@ -201,9 +201,9 @@ def test_a_client_that_hangs_up_costs_no_more_work(
     for _ in range(4):
         with socket.create_connection(address) as link:
             link.sendall(head + text)
-            wait_until(lambda: any(h.engine.is_busy for h in server.host.hosted()))
+            wait_until(lambda: any(h.engine.unfinished for h in server.host.hosted()))
 
-    wait_until(lambda: not any(h.engine.is_busy for h in server.host.hosted()))
+    wait_until(lambda: not any(h.engine.unfinished for h in server.host.hosted()))
     assert counted(client, "cancelled") > before
     assert complete(client, max_tokens=1).status_code == 200
 
@@ -285,7 +285,7 @@ def test_a_draining_server_is_not_ready_and_says_so(repository: Path) -> None:
     server.start()
     with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=server.url, timeout=30.0) as client:
         long = [pool.submit(complete, client, prompt="a", max_tokens=120) for _ in range(4)]
-        wait_until(lambda: server.host.find("poet").engine.is_busy)
+        wait_until(lambda: server.host.find("poet").engine.unfinished == 4)
         closing = pool.submit(server.close)
         wait_until(lambda: server.host.is_draining)
         try:
