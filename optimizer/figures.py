@@ -115,7 +115,7 @@ def figure(problem: Problem, layout: Layout, facts: Facts) -> Figures:
     device_s = busy_NMK[:, :, :, None] + upload_NMB[:, :, None, :]
     train_j = np.where(np.isfinite(train_NMK), train_NMK, 0.0) * facts.watts_NK[:, None, :]
     radio_NMB = upload_NMB * facts.radio_watts_N[:, None, None]
-    device_j = train_j[:, :, :, None] + np.nan_to_num(radio_NMB)[:, :, None, :]
+    device_j = train_j[:, :, :, None] + np.nan_to_num(radio_NMB, posinf=0.0)[:, :, None, :]
 
     zero_N1 = np.zeros((len(facts.samples_N), 1))
     goodput_NC = np.concatenate([zero_N1, facts.goodput_NB], axis=1)
@@ -124,7 +124,7 @@ def figure(problem: Problem, layout: Layout, facts: Facts) -> Figures:
     units_S = layout.server_levels[1:]
     compute_NMS = work_NM[:, :, None] / units_S
     twin_s = compute_NMS[:, :, :, None] + sync_NC[:, None, None, :]
-    sync_j = np.nan_to_num(sync_NC * facts.radio_watts_N[:, None])
+    sync_j = np.nan_to_num(sync_NC * facts.radio_watts_N[:, None], posinf=0.0)
     twin_j = np.broadcast_to(sync_j[:, None, None, :], twin_s.shape)
     server_j = np.nan_to_num(work_NM * problem.server.watts_per_unit, posinf=0.0)
     server_j = np.broadcast_to(server_j[:, :, None, None], twin_s.shape)
@@ -200,7 +200,8 @@ def cost_of(problem: Problem, facts: Facts, raw: Figures) -> Floats:
     weights = problem.weights
     per_joule_N = weights.energy / weights.energy_ref_j + facts.battery_N
     gap_NR = np.nan_to_num(problem.teacher_accuracy - raw.accuracy)
-    cost_NR = raw.energy * per_joule_N[:, None]
+    # What takes for ever takes joules without end: such columns are barred, but a number first.
+    cost_NR = np.minimum(raw.energy, 1e30) * per_joule_N[:, None]
     cost_NR += raw.server_energy * server_cost(problem)
     cost_NR += gap_NR * (weights.accuracy / weights.accuracy_ref)
     return np.asarray(cost_NR / max(1, len(problem.users)), float)

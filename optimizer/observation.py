@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from optimizer.columns import BIG, Booleans, Columns, Floats
+from optimizer.columns import BIG, Booleans, Columns, Floats, Integers
 from optimizer.plan import Prices
 
 CEILING = 2.0
@@ -45,7 +45,8 @@ class Observation:
     @property
     def features_NF(self) -> Floats:
         """All figures of each user in a row."""
-        return np.concatenate([self.costs_NPL.reshape(len(self.costs_NPL), -1), self.around_NC], 1)
+        users, pairs, rungs = self.costs_NPL.shape
+        return np.concatenate([self.costs_NPL.reshape(users, pairs * rungs), self.around_NC], 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,8 +102,9 @@ def pair_costs(
     v_NR = users * (table.cost_NR[:users] + table.time_price * late_NR)
     v_NR += uplink_N[:, None] * layout.uplink_R
     v_NR += server * layout.server_R
-    starts = np.flatnonzero(np.diff(layout.pair_R, prepend=-1))
-    least_NP = np.minimum.reduceat(v_NR, starts, axis=1)
+    starts, pairs = _pairs_with_columns(table)
+    least_NP = np.full((users, layout.pairs), np.inf)
+    least_NP[:, pairs] = np.minimum.reduceat(v_NR, starts, axis=1)
     return np.clip((least_NP - scale.base_N[:, None]) / scale.spread, 0.0, CEILING)
 
 
@@ -134,8 +136,9 @@ def observe(table: Columns) -> tuple[Observation, Scale]:
         ],
         axis=2,
     ) if users else np.zeros((0, pairs, len(LADDER)))  # fmt: skip
-    starts = np.flatnonzero(np.diff(layout.pair_R, prepend=-1))
-    legal_NP = np.logical_or.reduceat(allowed_NR, starts, axis=1)
+    starts, with_columns = _pairs_with_columns(table)
+    legal_NP = np.zeros((users, pairs), bool)
+    legal_NP[:, with_columns] = np.logical_or.reduceat(allowed_NR, starts, axis=1)
     slow = max(times.values()) / max(min(times.values()), 1e-9)
     around_NC = np.stack(
         [
@@ -147,6 +150,13 @@ def observe(table: Columns) -> tuple[Observation, Scale]:
         axis=1,
     )
     return Observation(costs_NPL, around_NC, legal_NP), scale
+
+
+def _pairs_with_columns(table: Columns) -> tuple[Integers, Integers]:
+    """Where columns of a pair begin, and which pairs: all that any user has a mode for."""
+    pair_R = table.layout.pair_R
+    starts = np.flatnonzero(np.diff(pair_R, prepend=-1))
+    return starts, pair_R[starts]
 
 
 def _fair_seconds(table: Columns, scale: Scale) -> Floats:
