@@ -52,8 +52,9 @@ class Reader:
         with self._changed:
             self._wanted = frozenset(demanded).union(foreseen)
             self._early = frozenset(foreseen).difference(demanded)
-            for key in [key for key in self._ready if key not in self._wanted]:
-                self._discard(self._ready.pop(key))
+            for key, found in list(self._ready.items()):
+                if key not in self._wanted or isinstance(found, StoreError):
+                    self._discard(self._ready.pop(key))
             known = {*self._ready, self._reading}
             self._demanded = deque(key for key in demanded if key not in known)
             self._foreseen = deque(key for key in foreseen if key not in known)
