@@ -1,4 +1,4 @@
-# ruff: noqa: N815 - capitals at the end of a name are the shape of its array
+# ruff: noqa: N806, N815 - capitals at the end of a name are the shape of its array
 """From a problem to a plan with a proof: sweep, fix, and let the solver finish.
 
 `plan` is for people, `allocate` for planners that have narrowed the choice to a shortlist.
@@ -13,7 +13,7 @@ import numpy as np
 
 from federation.errors import Infeasible, PlanError
 from optimizer.closing import close
-from optimizer.columns import Booleans, Columns, tabulate
+from optimizer.columns import BIG, Booleans, Columns, tabulate
 from optimizer.diagnosis import diagnose
 from optimizer.plan import Plan, Prices, WhyStopped
 from optimizer.problem import Problem
@@ -105,8 +105,8 @@ def allocate(
 
     if shortlist is not None:
         table = table.restrict(shortlist.pairs_NP)
-    if not _has_teacher(table):
-        raise _infeasible(table, None)
+    if not _has_teacher(table) or not _can_reach_floor(table):
+        raise _infeasible(table, "optimal")
     state = sweep(table, effort.tolerance, is_over, duals_of(table, near))
     lower, why = state.lower, _why(state.gap, effort.tolerance)
     if why is None and is_over():
@@ -133,6 +133,14 @@ def _has_teacher(table: Columns) -> bool:
     if table.seconds_offset > table.problem.deadline_s or not np.isfinite(table.seconds_offset):
         return False
     return table.rows == table.users or bool(np.isfinite(table.seconds_NR[-1]).any())
+
+
+def _can_reach_floor(table: Columns) -> bool:
+    if not table.is_floored:
+        return True
+    allowed_NR = table.cost_NR[: table.users] < BIG
+    highest_N = np.where(allowed_NR, table.accuracy_NR[: table.users], 0.0).max(axis=1)
+    return bool(highest_N.sum() >= table.accuracy_wanted)
 
 
 def _keeps_all_rules(table: Columns, best: Selected) -> bool:

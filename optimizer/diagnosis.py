@@ -1,4 +1,3 @@
-
 """Why a user cannot take part, or no plan keeps every rule; and what would be enough.
 
 First each user alone: which rule took the last option, and the least relaxation that admits the

@@ -168,7 +168,10 @@ def _server_seconds(problem: Problem) -> Floats:
 def rules(
     problem: Problem, layout: Layout, facts: Facts, figures: Figures, deadline_s: float
 ) -> dict[str, Booleans]:
-    """By reason, the columns that may not be chosen, [N, R]; sitting out breaks no rule."""
+    """By reason, the columns that may not be chosen, [N, R]; sitting out breaks no rule.
+
+    The rules are in the order in which they take a user's options.
+    """
     memory_M = np.array([student.memory_bytes for student in problem.students] or [0.0])
     is_device_R = layout.mode_R != OUT
     is_twin_R = (layout.student_R != OUT) & ~is_device_R
@@ -176,14 +179,16 @@ def rules(
     not_sold_R |= layout.server_R > problem.server.units
     units_G = {gateway.name: gateway.uplink_units for gateway in problem.gateways}
     units_N = np.array([units_G[user.gateway] for user in problem.users], float)
+    kept_back_NR = is_twin_R & ~facts.has_twin_N[:, None]
+    unknown_NR = np.isnan(figures.accuracy) | ~np.isfinite(figures.seconds)
     broken = {
-        "memory": is_device_R & (memory_M > facts.memory_N[:, None])[:, layout.student_R],
-        "privacy": is_twin_R & ~facts.has_twin_N[:, None],
+        "privacy": kept_back_NR,
+        "not offered": unknown_NR & ~kept_back_NR,
         "server units": np.broadcast_to(is_twin_R & not_sold_R, figures.seconds.shape),
-        "not offered": np.isnan(figures.accuracy) | ~np.isfinite(figures.seconds),
+        "uplink units": layout.uplink_R > units_N[:, None],
+        "memory": is_device_R & (memory_M > facts.memory_N[:, None])[:, layout.student_R],
         "accuracy": figures.accuracy < facts.min_accuracy_N[:, None],
         "energy": figures.energy > facts.budget_N[:, None],
-        "uplink units": layout.uplink_R > units_N[:, None],
         "deadline": figures.seconds > deadline_s,
     }
     return {reason: mask & (layout.pair_R < layout.pairs - 1) for reason, mask in broken.items()}
