@@ -77,7 +77,9 @@ class Stepping(Protocol):
         """Read the sources of slots that begin, if the family has such; how many tokens."""
         ...
 
-    def step(self, tokens: Tensor, positions: Tensor, slots: Tensor, wanted: Tensor) -> Tensor:
+    def step(
+        self, tokens: list[int], positions: list[int], slots: list[int], wanted: list[int]
+    ) -> Tensor:
         """Logits of the wanted rows."""
         ...
 
@@ -242,9 +244,7 @@ class Continuous:
             tokens += part.sequence.tokens[part.first : part.last]
             positions += range(part.first, part.last)
             slots += [part.sequence.slot] * (part.last - part.first)
-        # With their type: none may be wanted, and a tensor of nothing would be one of floats.
-        rows = [torch.tensor(each, dtype=torch.long) for each in (tokens, positions, slots, wanted)]
-        return self._model.step(rows[0], rows[1], rows[2], rows[3])
+        return self._model.step(tokens, positions, slots, wanted)
 
     def _take(
         self, parts: list[_Part], logits_WV: Tensor, now: float

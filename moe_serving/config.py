@@ -70,7 +70,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     can), and steps of up to `rows` rows. A classifier takes `windows` at once and waits `wait_s`
     for them. At most what is done in `target_wait_s` may wait, and `deadline_s` is both the
     default and the longest deadline. `experts_mb` bounds the memory of experts (0: all of them
-    stay in memory). `precision` is `exact`, or `8bit` for speed.
+    stay in memory). `precision` is `exact`, or `8bit` for speed; `device` is where it runs.
     """
 
     version: int = 0
@@ -84,6 +84,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_waiting: int = 2048
     experts_mb: float = 0.0
     precision: Literal["exact", "8bit"] = "exact"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
         for name, low, high in (

@@ -243,7 +243,10 @@ class Host:
         everyone = [*self.hosted(), *self._retiring]
         for hosted in everyone:
             hosted.engine.drain(max(0.0, until - time.monotonic()))
-        return sum(hosted.engine.close() for hosted in everyone)
+        left = sum(hosted.engine.close() for hosted in everyone)
+        for hosted in everyone:
+            hosted.loaded.close()
+        return left
 
     def _place(self, name: str) -> _Place:
         with self._lock:
@@ -270,6 +273,7 @@ class Host:
         def finish() -> None:
             hosted.engine.drain(hosted.engine.limits.deadline_s + RETIRE_S)
             hosted.engine.close()
+            hosted.loaded.close()
             self._retiring.discard(hosted)
             _log.info("model put away model=%s version=%d", hosted.name, hosted.version)
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import torch
 
-from federation.errors import ConfigError, StoreError
+from federation.errors import ConfigError, HeadwaterError, StoreError
 from moe_serving.admission import Rate
 from moe_serving.batching import Batcher, Continuous
+from moe_serving.buffering.store import BufferedStore, open_store
+from moe_serving.buffering.store import Settings as BufferSettings
 from moe_serving.checkpoint import load
 from moe_serving.config import ModelConfig
 from moe_serving.kernels.registry import best_kernel, serve_resident
@@ -53,6 +56,12 @@ class Loaded:
     tokenizer: Tokenizer
     batcher: Batcher
     rate: Rate
+    store: BufferedStore | None = None
+
+    def close(self) -> None:
+        """Give back what its experts are read from."""
+        if self.store is not None:
+            self.store.close()
 
 
 def load_version(published: Published, settings: ModelConfig) -> Loaded:
@@ -62,25 +71,38 @@ def load_version(published: Published, settings: ModelConfig) -> Loaded:
         StoreError: a damaged checkpoint, another kind than the manifest says, or a failed probe.
         ConfigError: settings that no kernel here can obey.
     """
-    model = _load(published, settings)
     tokenizer = tokenizer_named(published.about.tokenizer)
-    _check_about(published, model)
-    batcher = _batcher(model, tokenizer, settings)
-    rate = _probe(published, model, batcher, settings)
-    return Loaded(published, model.config, tokenizer, batcher, rate)
-
-
-def _load(published: Published, settings: ModelConfig) -> Model:
+    model, store = _load(published, settings)
     try:
-        model = load(published.folder)
-        kernel = best_kernel("cpu", settings.precision)
-        serve_resident(model.moe_layers(), kernel)
+        _check_about(published, model)
+        batcher = _batcher(model, tokenizer, settings)
+        rate = _probe(published, model, batcher, settings)
+    except HeadwaterError:
+        if store is not None:
+            store.close()
+        raise
+    return Loaded(published, model.config, tokenizer, batcher, rate, store)
+
+
+def _load(published: Published, settings: ModelConfig) -> tuple[Model, BufferedStore | None]:
+    """The model with all experts in memory, or with a store that keeps within their budget."""
+    device, store = torch.device(settings.device), None
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' and there is no GPU here: serve it on the CPU")
+    try:
+        if settings.experts_mb:
+            pack = best_kernel(settings.device, settings.precision, is_single=True).pack
+            budget = BufferSettings(int(settings.experts_mb * 1e6))
+            store = open_store(published.folder, budget, pack=pack, device=device)
+            return load(published.folder, store=store).to(device), store
+        model = load(published.folder).to(device)
+        serve_resident(model.moe_layers(), best_kernel(settings.device, settings.precision))
     except MemoryError as error:
         raise StoreError(
             f"{published.folder} does not fit into memory; set experts_mb for model "
             f"{published.name!r}, or serve it on a larger machine"
         ) from error
-    return model
+    return model, None
 
 
 def _check_about(published: Published, model: Model) -> None:

@@ -18,6 +18,7 @@ class LanguageSteps:
     def __init__(self, model: DecoderLM, *, slots: int, length: int) -> None:
         self._model = model
         self._cache = model.new_cache(slots, length)
+        self._device = model.embedding.weight.device
         self.vocabulary = model.config.vocabulary_size
         self.longest = self._cache.max_length
 
@@ -29,9 +30,14 @@ class LanguageSteps:
         """Nothing: a prompt is read in the steps."""
         return 0
 
-    def step(self, tokens: Tensor, positions: Tensor, slots: Tensor, wanted: Tensor) -> Tensor:
+    def step(
+        self, tokens: list[int], positions: list[int], slots: list[int], wanted: list[int]
+    ) -> Tensor:
         """Logits of the wanted rows."""
-        return self._model.step(tokens, positions, slots, self._cache, wanted)
+        tokens_N, positions_N, slots_N, wanted_W = (
+            _rows(each, self._device) for each in (tokens, positions, slots, wanted)
+        )
+        return self._model.step(tokens_N, positions_N, slots_N, self._cache, wanted_W)
 
 
 class TranslationSteps:
@@ -42,6 +48,7 @@ class TranslationSteps:
     def __init__(self, model: EncoderDecoder, *, slots: int, length: int) -> None:
         self._model = model
         self._cache = model.new_cache(slots, length)
+        self._device = model.embedding.weight.device
         self.vocabulary = model.config.vocabulary_size
         self.longest = self._cache.own.max_length
 
@@ -51,12 +58,25 @@ class TranslationSteps:
 
     def read(self, sources: Sequence[tuple[int, Sequence[int]]]) -> int:
         """Encode whole sources, several at a time."""
-        tokens = torch.tensor([token for _, source in sources for token in source])
-        positions = torch.tensor([place for _, source in sources for place in range(len(source))])
-        slots = torch.tensor([slot for slot, source in sources for _ in source])
-        self._model.encode(tokens, positions, slots, self._cache)
+        tokens = [token for _, source in sources for token in source]
+        positions = [place for _, source in sources for place in range(len(source))]
+        slots = [slot for slot, source in sources for _ in source]
+        tokens_N, positions_N, slots_N = (
+            _rows(each, self._device) for each in (tokens, positions, slots)
+        )
+        self._model.encode(tokens_N, positions_N, slots_N, self._cache)
         return len(tokens)
 
-    def step(self, tokens: Tensor, positions: Tensor, slots: Tensor, wanted: Tensor) -> Tensor:
+    def step(
+        self, tokens: list[int], positions: list[int], slots: list[int], wanted: list[int]
+    ) -> Tensor:
         """Logits of the wanted rows."""
-        return self._model.step(tokens, positions, slots, self._cache, wanted)
+        tokens_N, positions_N, slots_N, wanted_W = (
+            _rows(each, self._device) for each in (tokens, positions, slots, wanted)
+        )
+        return self._model.step(tokens_N, positions_N, slots_N, self._cache, wanted_W)
+
+
+def _rows(numbers: list[int], device: torch.device) -> Tensor:
+    # With their type: there may be none, and a tensor of nothing would be one of floats.
+    return torch.tensor(numbers, dtype=torch.long, device=device)

@@ -84,7 +84,7 @@ class WindowBatches:
         """Run the model once on all windows together."""
         x_BLC = np.concatenate([work.x_BLC for work in self._joined.values()])
         with torch.inference_mode():
-            logits_BK = self._model(torch.from_numpy(x_BLC).to(self._model.head.weight.dtype))
+            logits_BK = self._model(torch.from_numpy(x_BLC).to(self._model.head.weight))
         found = logits_BK.float().cpu().numpy()
         batch, rows = self._joined, self._held
         self._joined, self._held = {}, 0

@@ -279,3 +279,39 @@ def test_a_step_that_fails_costs_its_batch_and_no_more(host: Host) -> None:
 
 def _fail(*_: object) -> None:
     raise RuntimeError("out of luck")
+
+
+def test_answers_do_not_depend_on_how_many_experts_fit_in_memory(
+    host: Host, repository: Path
+) -> None:
+    """With a budget of half of the experts the same tokens come, and the budget is kept."""
+    works = [Generate(tokens=prompt(9 + n), max_tokens=9, seed=n) for n in range(5)]
+    whole = [scores(each.ending()) for each in [ask(host, "poet", work) for work in works]]
+
+    with hosting(repository, poet=ModelConfig(experts_mb=0.06, target_wait_s=3600.0)) as thrifty:
+        found = [scores(each.ending()) for each in [ask(thrifty, "poet", w) for w in works]]
+        store = thrifty.find("poet").loaded.store
+        assert store is not None
+        counters = store.counters()
+
+    assert found == whole
+    assert counters.misses > 0
+    assert counters.peak_bytes <= 60_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_gives_the_answers_of_the_cpu(host: Host, repository: Path) -> None:
+    """Log-probabilities of an echoed prompt agree to 1e-3, translations and classes too."""
+    work = Generate(tokens=prompt(60), max_tokens=0, top_logprobs=0, echo=True)
+    translated = Generate(tokens=prompt(9), max_tokens=1, top_logprobs=0)
+    windows = Classify(RNG.standard_normal((3, 32, 3)).astype(np.float32))
+    on_gpu = ModelConfig(device="cuda")
+    with hosting(repository, poet=on_gpu, interpreter=on_gpu, watch=on_gpu) as fast:
+        for name, asked in (("poet", work), ("interpreter", translated)):
+            pair = [scores(ask(each, name, asked).ending()) for each in (host, fast)]
+            here, there = ([s.logprob or 0.0 for s in found] for found in pair)
+            assert there == pytest.approx(here, abs=1e-3)
+        results = [ask(each, "watch", windows).ending().result for each in (host, fast)]
+        logits = [r.logits_BK for r in results if isinstance(r, Classified)]
+        np.testing.assert_allclose(logits[0], logits[1], atol=1e-3)

@@ -50,11 +50,7 @@ def build_app(
 
     @app.get("/metrics", tags=["health"])
     async def read_metrics() -> Response:
-        served = [
-            (each.name, each.version, each.engine.tokens_per_s, each.engine.waiting_tokens)
-            for each in host.hosted()
-        ]
-        return Response(metrics.exposition(served), media_type=CONTENT_TYPE)
+        return Response(metrics.exposition(host.hosted()), media_type=CONTENT_TYPE)
 
     install_error_handlers(app)
     app.add_middleware(BodyLimit, limit_bytes=int(http.body_mb * 1e6))

@@ -4,17 +4,28 @@ A label has as many values as there are models, versions or outcomes; what a cli
 becomes a label.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
+from moe_serving.buffering.store import Counters
+from moe_serving.hosting import Hosted
 from moe_serving.requests import Ending, Generated, Outcome, Ticket
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_FIGURES = (
+    ("hits", "Uses of experts that were resident.", "hits"),
+    ("misses", "Uses of experts that were not.", "misses"),
+    ("bytes_read", "Bytes of experts that were read.", "read_bytes"),
+    ("stall_s", "Waiting for experts.", "stall_seconds"),
+    ("resident_bytes", "Held of experts now.", "resident_bytes"),
+)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -56,6 +67,8 @@ class Metrics:
         self._running = gauge("running_requests", "Requests in the batch.", ["model"])
         self._rate = gauge("rate_tokens_per_second", "What admission goes by.", ["model"])
         self._version = gauge("served_version", "The version that serves.", ["model"])
+        self._stores = _Stores()
+        self._registry.register(self._stores)
 
     def observer(self, model: str, version: int) -> "ModelObserver":
         """What the engine of this version tells."""
@@ -82,17 +95,34 @@ class Metrics:
         self._waiting.labels(model).set(waiting)
         self._running.labels(model).set(running)
 
-    def exposition(self, served: Iterable[tuple[str, int, float, int]]) -> bytes:
-        """The text that Prometheus reads.
-
-        Args:
-            served: each served model's name, version, measured rate and tokens that wait.
-        """
-        for model, version, rate, waiting in served:
-            self._version.labels(model).set(version)
-            self._rate.labels(model).set(rate)
-            self._waiting.labels(model).set(waiting)
+    def exposition(self, served: Iterable[Hosted]) -> bytes:
+        """The text that Prometheus reads, with what these models have to say of themselves."""
+        self._stores.counters = {}
+        for each in served:
+            self._version.labels(each.name).set(each.version)
+            self._rate.labels(each.name).set(each.engine.tokens_per_s)
+            self._waiting.labels(each.name).set(each.engine.waiting_tokens)
+            if each.loaded.store is not None:
+                self._stores.counters[each.name] = each.loaded.store.counters()
         return generate_latest(self._registry)
+
+
+class _Stores(Collector):
+    """What stores of experts count by themselves, as they stand when they are asked."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, Counters] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        """One family a count, a model each."""
+        for name, about, kind in _FIGURES:
+            is_count = name != "resident_bytes"
+            family = (CounterMetricFamily if is_count else GaugeMetricFamily)(
+                f"headwater_moe_expert_cache_{kind}", about, labels=["model"]
+            )
+            for model, counters in self.counters.items():
+                family.add_metric([model], getattr(counters, name))
+            yield family
 
 
 class ModelObserver:
