@@ -15,7 +15,11 @@ import onnxruntime
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK = 128
+from federation.errors import ConfigError
+
+INT8_ACTIVATIONS = 4
+"""The operators' `accuracy_level`: activations are quantised to 8 bits, by row and block."""
+
 _MIDDLE = 128
 _OPSETS = (("", 21), ("com.microsoft", 1))
 _IR_VERSION = 10
@@ -24,8 +28,17 @@ Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 
 def block_of(width: int) -> int:
-    """The largest block that divides rows of this width: 128, 64, 32 or 16, else 0."""
-    return next((size for size in (128, 64, 32, 16) if width % size == 0), 0)
+    """The largest block that divides rows of this width: 128, 64, 32 or 16.
+
+    Raises:
+        ConfigError: None of them does.
+    """
+    for size in (128, 64, 32, 16):
+        if width % size == 0:
+            return size
+    raise ConfigError(
+        f"rows of {width} weights cannot be cut into blocks of 16 or more; kernel `int8` needs none"
+    )
 
 
 def quantise(weight: Tensor, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_serving.kernels.blockwise import block_of, quantise, session
+from moe_serving.kernels.blockwise import INT8_ACTIVATIONS, block_of, quantise, session
 from moe_serving.layers.experts import ExpertShape, GroupedExperts
 from moe_serving.layers.gating import Plan, choose, sort_by_expert
 
-_INT8_ACTIVATIONS = 4
 _ROUTER_WEIGHTS = 14
 """Place of the operator's input that says what each expert counts for."""
 _SWIGLU: dict[str, Any] = {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
@@ -65,7 +64,7 @@ def pack_qmoe(grouped: GroupedExperts, top_k: int) -> QMoELayer:
         k=top_k,
         expert_weight_bits=8,
         block_size=block,
-        accuracy_level=_INT8_ACTIVATIONS,
+        accuracy_level=INT8_ACTIVATIONS,
         normalize_routing_weights=0,
         activation_type=shape.activation,
         **(_SWIGLU if shape.activation == "swiglu" else {}),

@@ -10,10 +10,15 @@ import torch
 from federation.errors import ConfigError
 from moe_serving.kernels.grouped import is_grouped_usable, pack_grouped
 from moe_serving.kernels.int8 import is_int8_usable, pack_int8
-from moe_serving.kernels.nbits import is_nbits_usable, pack_nbits
 from moe_serving.kernels.onednn import is_onednn_usable, pack_onednn
 from moe_serving.kernels.plain import pack_plain
 from moe_serving.kernels.qmoe import is_qmoe_usable, pack_qmoe
+from moe_serving.kernels.runtime import (
+    is_nbits_usable,
+    is_runtime_usable,
+    pack_nbits,
+    pack_runtime,
+)
 from moe_serving.layers.experts import (
     Activation,
     Experts,
@@ -53,13 +58,14 @@ class Kernel:
 def kernels() -> dict[str, Kernel]:
     """Every kernel by its name, the better of a device and precision before the worse."""
     known = (
+        Kernel("runtime", "cpu", "exact", cache(is_runtime_usable), pack=pack_runtime),
         Kernel("onednn", "cpu", "exact", cache(is_onednn_usable), pack=pack_onednn),
         Kernel("plain", "cpu", "exact", lambda: True, pack=pack_plain),
         Kernel("grouped_mm", "cuda", "exact", cache(is_grouped_usable), pack_layer=pack_grouped),
         Kernel("plain_cuda", "cuda", "exact", torch.cuda.is_available, pack=pack_plain),
-        Kernel("int8", "cpu", "8bit", cache(is_int8_usable), pack=pack_int8),
         Kernel("qmoe", "cpu", "8bit", cache(is_qmoe_usable), pack_layer=pack_qmoe),
         Kernel("nbits", "cpu", "8bit", cache(is_nbits_usable), pack=pack_nbits),
+        Kernel("int8", "cpu", "8bit", cache(is_int8_usable), pack=pack_int8),
     )
     return {kernel.name: kernel for kernel in known}
 
