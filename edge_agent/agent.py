@@ -85,9 +85,8 @@ class Agent:
         self._hub_is_online = self._is_introduced = self._awaits_welcome = False
         self._wanted: m.Release | None = None
         self._fetching = Fetching(held.parts, settings.timeout_s)
-        self._outgoing = Outgoing(
-            held.updates, settings.timeout_s, shares_memory=settings.shares_memory
-        )
+        shares_memory = settings.shares_memory
+        self._outgoing = Outgoing(held.updates, settings.timeout_s, shares_memory=shares_memory)
         self._deadline = self._birth_at = self._heartbeat_at = float("inf")
         self._started_at = 0.0
         self._out: Effects = []
@@ -173,7 +172,8 @@ class Agent:
             self._forget_assignment(assignment)
             return self._finish(now)
         memory = Memory(assignment.run, trained.memory) if trained.memory else None
-        kept = self._outgoing.keep(trained, memory, self._settings.keepalive_s, self._max_payload)
+        limits, pace = (self._settings.keepalive_s, self._max_payload), assignment.plan.uplink.pace
+        kept = self._outgoing.keep(trained, memory, *limits, pace=pace)
         self._note(kept)
         self._out.extend(self._terms.spend(assignment.base.size, kept.content.size, now))
         self._forget_assignment(assignment)

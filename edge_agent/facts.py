@@ -52,7 +52,8 @@ class ContentForgotten:
 class UpdateKept:
     """A finished update: kept until the hub's own acknowledgement came.
 
-    `memory` is what its training left for the next one of its run, should the update count.
+    `memory` is what its training left for the next one of its run, should the update count;
+    `pace` is how fast it may travel, in bytes a second (0: as the link takes it).
     """
 
     attempt: str
@@ -60,6 +61,7 @@ class UpdateKept:
     report: Report
     data: bytes
     memory: Memory | None = None
+    pace: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """Finished updates on their way to the hub: kept until it has answered for each of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from edge_agent.facts import Memory, UpdateKept
 from federation.protocol.effects import Send, Trained
 from federation.protocol.messages import INLINE_BYTES, UpdateAck, UpdateChunk, UpdateOpen
-from federation.protocol.transfer import Upload, chunk_size, content_named, content_of
+from federation.protocol.transfer import chunk_size, content_named, content_of
+from federation.protocol.upload import Upload
 
 
 class Outgoing:
@@ -41,17 +42,25 @@ class Outgoing:
         )
 
     def keep(
-        self, trained: Trained, memory: Memory | None, keepalive_s: float, max_payload: int
+        self,
+        trained: Trained,
+        memory: Memory | None,
+        keepalive_s: float,
+        max_payload: int,
+        *,
+        pace: float = 0.0,
     ) -> UpdateKept:
-        """Take a finished update in, cut for the link as it has been of late."""
-        size = chunk_size(link_bps=self._link_bps, keepalive_s=keepalive_s, max_payload=max_payload)
+        """Take a finished update in, cut for the link as it has been of late, or for its pace."""
+        link_bps = 8.0 * pace or self._link_bps
+        size = chunk_size(link_bps=link_bps, keepalive_s=keepalive_s, max_payload=max_payload)
         if self._shares_memory:
             content = content_named(trained.attempt, trained.update, size)
         else:
             if len(trained.update) <= INLINE_BYTES:
                 size = max(len(trained.update), 1)
             content = content_of(trained.update, size)
-        update = UpdateKept(trained.attempt, content, trained.report, trained.update, memory)
+        report, data = trained.report, trained.update
+        update = UpdateKept(trained.attempt, content, report, data, memory, pace)
         self._kept[trained.attempt] = update
         self._uploads[trained.attempt] = self._upload(update)
         return update
@@ -73,22 +82,31 @@ class Outgoing:
         if upload is None or upload.content.digest != ack.digest:
             return
         indices = upload.on_ack(ack.received, now)
-        self._link_bps = upload.rate_bps or self._link_bps
+        if not self._kept[ack.attempt].pace:
+            self._link_bps = upload.rate_bps or self._link_bps
+        yield from self._chunks(ack.attempt, indices, device)
+
+    def _chunks(self, attempt: str, indices: Iterable[int], device: str) -> Iterator[Send]:
+        upload = self._uploads[attempt]
         for index in indices:
             crc32, data = upload.chunk(index)
-            chunk = UpdateChunk(
-                attempt=ack.attempt, digest=ack.digest, index=index, crc32=crc32, data=data
-            )
+            digest = upload.content.digest
+            chunk = UpdateChunk(attempt=attempt, digest=digest, index=index, crc32=crc32, data=data)
             yield Send(chunk, device)
 
     def on_wake(self, device: str, now: float) -> Iterator[Send]:
-        """Ask again where the hub has been silent for too long; begin what never began."""
+        """Ask again where the hub has been silent for too long; begin what never began.
+
+        Chunks that a pace held back go when their time has come.
+        """
         for attempt in self.attempts:
             upload = self._uploads[attempt]
             if upload.wake_at is None:
                 yield from self.open(attempt, device, now)
             elif upload.on_timeout(now):
                 yield self._opening(self._kept[attempt], device)
+            else:
+                yield from self._chunks(attempt, upload.on_pace(now), device)
 
     def forget(self, attempt: str, digest: str) -> UpdateKept | None:
         """The hub has answered for this update; None where it is not the one that is kept."""
@@ -109,4 +127,9 @@ class Outgoing:
         return Send(letter, device)
 
     def _upload(self, update: UpdateKept) -> Upload:
-        return Upload(update.content, update.data, timeout_s=self._timeout_s)
+        return Upload(
+            update.content,
+            update.data,
+            timeout_s=self._timeout_s,
+            pace_bytes_per_s=update.pace,
+        )

@@ -6,22 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federation.errors import TransferError
 from federation.protocol.bitmap import bitmap, indices_in
 from federation.protocol.messages import Content
 from federation.protocol.transfer import (
-    MAX_WINDOW,
     Download,
     Incoming,
-    Upload,
     check_content,
     chunk_size,
     content_of,
     cut,
 )
+from federation.protocol.upload import MAX_WINDOW, Upload
 
 TIMEOUT_S = 10.0
 LONGEST_DELAY_S = 3.0
@@ -473,3 +472,28 @@ def test_a_bitmap_says_which(case):
     assert len(bits) == -(-count // 8)
     assert {n for n in range(count) if bits[n // 8] >> n % 8 & 1} == indices
     assert indices_in(bits, count) == indices_in(bits + b"\xff", count) == indices
+
+
+@given(pace=st.floats(1e3, 1e6), size=st.integers(1, 20_000), chunk_bytes=st.integers(500, 65_536))
+@settings(max_examples=30, deadline=None)
+def test_a_paced_upload_keeps_its_pace_and_ends(pace: float, size: int, chunk_bytes: int) -> None:
+    """Never are more bytes sent than the pace allows and a chunk more; and all of them are."""
+    data = bytes(size)
+    content = content_of(data, max(chunk_bytes, size // 1000 + 1))
+    upload = Upload(content, data, timeout_s=TIMEOUT_S, pace_bytes_per_s=pace)
+    incoming, now, sent = Incoming(content), 0.0, 0
+    upload.open(now)
+    ready = upload.on_ack(incoming.received, now)
+    for _ in range(3 * content.chunks + 10):
+        for index in ready:
+            sent += len(upload.chunk(index)[1])
+            incoming.add(index, *upload.chunk(index))
+        assert sent <= pace * now * (1 + 1e-9) + content.chunk_bytes
+        if incoming.is_complete:
+            break
+        ready = upload.on_ack(incoming.received, now) if ready else []
+        if not ready and upload.wake_at is not None:
+            now = max(now, upload.wake_at)
+            ready = upload.on_pace(now)
+    assert incoming.is_complete
+    assert now == pytest.approx((content.chunks - 1) * content.chunk_bytes / pace)

@@ -8,6 +8,7 @@ is what the device wanted to say minus what the hub decodes, so nothing of the c
 left out of it by mistake.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -35,7 +36,7 @@ def check_uplink(uplink: Uplink) -> None:
 
     Raises:
         ConfigError: an unknown encoding, a share of entries outside (0, 1], or one below 1
-            without differences: a weight that is not sent is not zero.
+            without differences: a weight that is not sent is not zero; or a pace below 0.
     """
     if uplink.encoding not in {"dense", "int8"}:
         raise ConfigError(
@@ -44,6 +45,10 @@ def check_uplink(uplink: Uplink) -> None:
     if not 0.0 < uplink.top_k <= 1.0:
         raise ConfigError(
             f"uplink.top_k is {uplink.top_k}; expected a share above 0, at most 1: correct it"
+        )
+    if not 0.0 <= uplink.pace < math.inf:
+        raise ConfigError(
+            f"uplink.pace is {uplink.pace}; expected bytes a second, or 0 for no limit: correct it"
         )
     if uplink.top_k < 1.0 and not uplink.delta:
         raise ConfigError(

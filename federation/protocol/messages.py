@@ -39,8 +39,8 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True, tag_field="letter"):
 class Content(msgspec.Struct, frozen=True, kw_only=True):
     """Names a run of bytes by what it is: the manifest of a transfer.
 
-    `digest` is the SHA-256 in lower-case hexadecimal, `size` the number of bytes and
-    `chunk_bytes` how it is cut: chunk n covers bytes [n * chunk_bytes, (n + 1) * chunk_bytes).
+    `digest` is the SHA-256 in lower-case hexadecimal, `size` the number of bytes; chunk n
+    covers bytes [n * chunk_bytes, (n + 1) * chunk_bytes).
     """
 
     digest: str
@@ -63,16 +63,17 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Uplink(msgspec.Struct, frozen=True, kw_only=True):
     """What an update looks like on its way to the hub.
 
-    With `delta` the difference to the base travels instead of the weights. `top_k` is the share
-    of each tensor's entries that travel, the largest first, above 0 to 1; below 1 it needs
-    `delta`. With `residual` the device remembers what did not travel (layers, entries,
-    rounding) and adds it next time: error feedback (arXiv:1901.09847).
+    With `delta` the difference to the base travels. `top_k` is the share of each tensor's entries
+    that travel, the largest first, above 0 to 1; below 1 it needs `delta`. With `residual` the
+    device remembers what did not travel and adds it next time: error feedback (arXiv:1901.09847).
+    `pace` bounds the bytes a second that are sent (0: as the link takes them).
     """
 
     encoding: Literal["dense", "int8"] = "dense"
     delta: bool = False
     top_k: float = 1.0
     residual: bool = False
+    pace: float = 0.0
 
 
 class HoldOut(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,11 +86,10 @@ class HoldOut(msgspec.Struct, frozen=True, kw_only=True):
 class LocalPlan(msgspec.Struct, frozen=True, kw_only=True):
     """How a device shall train: declarative, no code travels.
 
-    `model` may be a part of the model in the base: shallower, or narrower. `epochs` of zero
-    asks for an echo of the base model. `max_steps` of zero means no cap. `seed` fixes the order
-    of batches. `layers` names the layers that travel back (none: all), `uplink` how.
-    `params` are the method's own numbers, such as FedProx's `mu`. What is in `hold_out` is not
-    trained on.
+    `model` may be a part of the model in the base: shallower, or narrower. `epochs` of 0 asks for
+    an echo of the base, `max_steps` of 0 means no cap. `seed` fixes the order of batches. `layers`
+    names the layers that travel back (none: all), `uplink` how. `params` are the method's own
+    numbers. What is in `hold_out` is not trained on.
     """
 
     model: ModelSpec
@@ -120,7 +120,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
     """What a device is and can do, said at birth.
 
-    `level` is how much of a model with levels it can train, from 1 to 64 (0: all of it).
+    `level` is how much of a model with levels it can train, from 1 to 64 (0: all of it), `mirrors`
+    whether its owner lets the hub keep a copy of its data.
     """
 
     agent: str
@@ -129,6 +130,7 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
     level: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     trains: bool = True
     infers: bool = False
+    mirrors: bool = False
     models: tuple[str, ...] = ()
 
 
@@ -144,8 +146,7 @@ class Presence(Letter, frozen=True, kw_only=True, tag="presence"):
 class Birth(Letter, frozen=True, kw_only=True, tag="birth"):
     """A device begins to talk: what it can do, and the attempts it still holds.
 
-    `working` is the attempt it fetches for or trains; `finished` are updates not yet
-    acknowledged by the hub.
+    `working` is the attempt it fetches for or trains; `finished` are updates not acknowledged yet.
     """
 
     capability: Capability

@@ -1,7 +1,7 @@
 """Content-addressed chunk transfer: what has arrived, what is missing, what to send now.
 
 Plain state without clock, socket or file. A device pulls content with `Download` and pushes
-it with `Upload`; whoever receives keeps an `Incoming`. After a restart of either side, or of
+it with `upload.Upload`; whoever receives keeps an `Incoming`. After a restart of either side, or of
 the link, the receiver says by bitmap what it has recorded and only the rest travels.
 """
 
@@ -10,11 +10,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from itertools import islice
-from math import exp
 from types import MappingProxyType
 
 from federation.errors import TransferError
-from federation.protocol.bitmap import from_bytes, full, ones, to_bytes
+from federation.protocol.bitmap import full, ones, to_bytes
 from federation.protocol.messages import Content
 
 DEFAULT_CHUNK_BYTES = 64 * 1024
@@ -26,13 +25,8 @@ ENVELOPE_BYTES = 4 * 1024
 MAX_CHUNKS = 64 * 1024
 """No content is cut finer: a manifest of a few bytes must not claim memory for its bitmap."""
 
-MAX_WINDOW = 32
-"""More chunks in flight gain nothing and fill the broker's memory when the hub stalls."""
-
 LONGEST_SILENCE_S = 60.0
 """Back-off stops growing here, so a hub that returns is noticed within a minute."""
-
-RATE_MEMORY_S = 10.0
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NOTHING: Mapping[int, bytes] = MappingProxyType({})
@@ -134,7 +128,7 @@ class Incoming:
             TransferError: it is of another length than announced.
         """
         if len(data) != self.content.size:
-            raise TransferError(_other_length(self.content, len(data)))
+            raise TransferError(other_length(self.content, len(data)))
         self._whole, self._missing = data, 0
 
     def add(self, index: int, crc32: int, data: bytes) -> bool:
@@ -183,7 +177,7 @@ class Incoming:
         return data
 
 
-class _Patience:
+class Patience:
     """How long to wait for an answer: by the answers so far, and longer with each silence."""
 
     def __init__(self, timeout_s: float):
@@ -193,17 +187,21 @@ class _Patience:
 
     @property
     def limit_s(self) -> float:
+        """So long a silence is nothing to wonder at."""
         grown_s = self._timeout_s * 2.0 ** min(self._silences, 16)
         return max(4 * self._usual_s, min(grown_s, max(LONGEST_SILENCE_S, self._timeout_s)))
 
     def on_answer(self, delay_s: float) -> None:
+        """An answer came after so many seconds."""
         self._silences = 0
         self._usual_s += 0.25 * (delay_s - self._usual_s) if self._usual_s else delay_s
 
     def on_silence(self) -> None:
+        """None came for `limit_s`."""
         self._silences += 1
 
     def on_link_up(self) -> None:
+        """The link is new: silences on the old one say nothing."""
         self._silences = 0
 
 
@@ -213,7 +211,7 @@ class Download:
     def __init__(self, incoming: Incoming, *, window: int = 8, timeout_s: float = 10.0):
         self.incoming = incoming
         self._window = window
-        self._patience = _Patience(timeout_s)
+        self._patience = Patience(timeout_s)
         self._asked_at: dict[int, float] = {}
         self._heard_at = float("-inf")
 
@@ -257,133 +255,14 @@ class Download:
         self._patience.on_link_up()
 
 
-class Upload:
-    """Push within a window, with selective acknowledgement.
-
-    What was acknowledged is not sent again, however old the acknowledgements that follow;
-    except where all of it was, no verdict came, and the receiver, asked again, still lacks
-    chunks: it found the whole damaged and takes back what it said. Drop the object when the
-    verdict is final; until then `wake_at` asks on.
-
-    The window follows the acknowledgement time as TCP Vegas does (Brakmo and Peterson, 1994):
-    it grows while fewer than 2 chunks wait in queues on the way (at first by one with each
-    acknowledgement), shrinks above 4, and halves when an acknowledgement fails to come.
-    """
-
-    def __init__(self, content: Content, data: bytes, *, window: int = 4, timeout_s: float = 10.0):
-        if len(data) != check_content(content).size:
-            raise TransferError(_other_length(content, len(data)))
-        self.content = content
-        self._data = data
-        self._unacked = full(content.chunks)
-        self._in_flight: dict[int, float] = {}
-        self._window = float(window)
-        self._patience = _Patience(timeout_s)
-        self._quickest_s = float("inf")
-        self._is_probing = True
-        self._since: float | None = None
-        self._is_in_doubt = False
-        self._sent_bits = self._spent_s = 0.0
-
-    @property
-    def is_acknowledged(self) -> bool:
-        """Whether the receiver has every chunk."""
-        return not self._unacked
-
-    @property
-    def rate_bps(self) -> float:
-        """Bits a second acknowledged of late, idle times left out; 0 while unknown."""
-        return self._sent_bits / self._spent_s if self._spent_s > 0 else 0.0
-
-    @property
-    def wake_at(self) -> float | None:
-        """When silence has lasted long enough to ask again; None before `open`."""
-        return None if self._since is None else self._since + self._patience.limit_s
-
-    def open(self, now: float) -> None:
-        """Begin, or begin again on a new connection: say UpdateOpen and await its answer.
-
-        What is in flight is void, and nothing is sent before the receiver has said what it has.
-        """
-        self._patience.on_link_up()
-        self._quickest_s = float("inf")
-        self._in_flight.clear()
-        self._is_in_doubt = False
-        self._since = now
-
-    def on_ack(self, received: bytes, now: float) -> list[int]:
-        """The chunks to send now (see `chunk`), given a bitmap of those received."""
-        lacking = full(self.content.chunks) & ~from_bytes(received, self.content.chunks)
-        fresh = self._unacked & ~lacking
-        self._unacked = lacking if self._is_in_doubt else self._unacked & lacking
-        self._is_in_doubt = False
-        if self._since is None:
-            return []
-        delays_s = [now - self._in_flight.pop(i) for i in ones(fresh) if i in self._in_flight]
-        if delays_s:
-            self._measure(len(delays_s), now)
-        for delay_s in delays_s:
-            self._patience.on_answer(delay_s)
-            self._adapt(delay_s)
-        self._since = now
-        self._expire(now)
-        return self._fill(now)
-
-    def on_timeout(self, now: float) -> bool:
-        """At `wake_at`: True if UpdateOpen is to be said again, for there was silence too long."""
-        if self.wake_at is None or now < self.wake_at:
-            return False
-        if self._in_flight:
-            self._window = max(1.0, self._window / 2)
-        self._patience.on_silence()
-        self._in_flight.clear()
-        self._is_in_doubt = self.is_acknowledged
-        self._since = now
-        return True
-
-    def chunk(self, index: int) -> tuple[int, bytes]:
-        """The CRC-32 of a chunk, and the chunk."""
-        return cut(self._data, self.content, index)
-
-    def _measure(self, chunks: int, now: float) -> None:
-        elapsed_s = now - (self._since if self._since is not None else now)
-        kept = exp(-max(elapsed_s, 0.0) / RATE_MEMORY_S)
-        self._sent_bits = self._sent_bits * kept + 8.0 * chunks * self.content.chunk_bytes
-        self._spent_s = self._spent_s * kept + elapsed_s
-
-    def _adapt(self, delay_s: float) -> None:
-        self._quickest_s = min(self._quickest_s, delay_s)
-        queued = self._window * (1 - self._quickest_s / delay_s) if delay_s > 0 else 0.0
-        self._is_probing = self._is_probing and queued < 2
-        if queued < 2:
-            growth = 1.0 if self._is_probing else 1 / self._window
-            self._window = min(self._window + growth, MAX_WINDOW)
-        elif queued > 4:
-            self._window = max(self._window - 1 / self._window, 2.0)
-
-    def _expire(self, now: float) -> None:
-        limit_s = self._patience.limit_s
-        lost = [i for i, sent_at in self._in_flight.items() if now >= sent_at + limit_s]
-        for index in lost:
-            del self._in_flight[index]
-        if lost:
-            self._window = max(1.0, self._window / 2)
-
-    def _fill(self, now: float) -> list[int]:
-        free = max(int(self._window) - len(self._in_flight), 0)
-        waiting = (i for i in ones(self._unacked) if i not in self._in_flight)
-        sending = list(islice(waiting, free))
-        self._in_flight.update(dict.fromkeys(sending, now))
-        return sending
-
-
 def _length(content: Content, index: int) -> int:
     if not 0 <= index < content.chunks:
         return -1
     return min(content.chunk_bytes, content.size - index * content.chunk_bytes)
 
 
-def _other_length(content: Content, size: int) -> str:
+def other_length(content: Content, size: int) -> str:
+    """What is wrong where bytes are not as many as their manifest says."""
     return f"content names {content.size} bytes; {size} are here: name what is sent"
 
 
