@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from edge_agent.cascade_report import CascadeReport
 from edge_agent.config import read_agent_config
 from federation.errors import HeadwaterError
 from federation.protocol.clock import steady_clock
@@ -83,8 +84,12 @@ def _check(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     from edge_agent.predicting import predict_file
 
-    for line in predict_file(read_agent_config(arguments.config), arguments.input):
+    reports: list[CascadeReport] = []
+    config = read_agent_config(arguments.config)
+    for line in predict_file(config, arguments.input, reports.append):
         sys.stdout.write(f"{line}\n")
+    for report in reports:
+        sys.stderr.write(f"{report.told()}\n")
     return 0
 
 

@@ -44,6 +44,16 @@ class CascadeReport(msgspec.Struct, frozen=True, kw_only=True):
         """The share of the hub's answers that were the device's own."""
         return self.agreed / max(1, self.heard)
 
+    def told(self) -> str:
+        """The account in words, on one line."""
+        return (
+            f"{self.windows} windows, {self.asked} asked ({100 * self.asked_share:.1f} %), "
+            f"{self.unanswered} unanswered, {self.cached} from the cache; the hub agreed on "
+            f"{self.agreed} of {self.heard}; {self.up_bytes} bytes up, {self.down_bytes} down; "
+            f"{1000 * self.local_s:.1f} ms here, {1000 * self.hub_s:.1f} ms with the hub; "
+            f"sure from {self.threshold:.3f}"
+        )
+
 
 class Tally:
     """Counts; gives a `CascadeReport`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_agent.cascade_config import CascadeConfig
 from edge_agent.peering_config import PeersConfig
 from federation.config import read_config
 from federation.errors import ConfigError, ProtocolError
@@ -82,12 +83,24 @@ class EnergyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"energy.{name} is {value}; it is 0 or more: correct it")
 
 
+class TwinConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the device's twin at the hub may do.
+
+    With `mirror` the hub may keep a copy of this device's data, teach from it, and have the twin
+    train in the device's place. Without it, as it is by default, no sample leaves the device; set
+    back to false, the hub deletes what it has when the agent is started again.
+    """
+
+    mirror: bool = False
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One device: who it is, where its broker and its data are, and where it keeps its journal.
 
     A device without `[data]` does not train; with `infers` it fetches released models. The
     password comes from the environment variable HEADWATER_PASSWORD. With `[peers]` it learns with
-    its neighbours, always or while the hub is away.
+    its neighbours, always or while the hub is away. With `[cascade]` it asks the hub's big model
+    where its own is in doubt.
     """
 
     device: str
@@ -103,6 +116,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     training: TrainingConfig = TrainingConfig()
     peers: PeersConfig | None = None
     energy: EnergyConfig | None = None
+    twin: TwinConfig = TwinConfig()
+    cascade: CascadeConfig | None = None
 
     def __post_init__(self) -> None:
         for field, name in (("device", self.device), ("namespace", self.namespace)):
@@ -151,7 +166,12 @@ def _with_paths_from(config: AgentConfig, base: Path) -> AgentConfig:
         data = DataConfig(folder=(base / data.folder).resolve())
     if data is not None:
         _check_data(data)
-    return msgspec.structs.replace(config, folder=(base / config.folder).resolve(), data=data)
+    cascade = config.cascade
+    if cascade is not None and cascade.calibration is not None:
+        calibration = (base / cascade.calibration).resolve()
+        cascade = msgspec.structs.replace(cascade, calibration=calibration)
+    folder = (base / config.folder).resolve()
+    return msgspec.structs.replace(config, folder=folder, data=data, cascade=cascade)
 
 
 def _check_data(data: DataConfig) -> None:

@@ -1,27 +1,49 @@
 """What the newest model says of samples in a file: `headwater-agent predict`."""
 
+import logging
+import random
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.config import AgentConfig
+from edge_agent.calibration import fit_temperature, probabilities
+from edge_agent.cascade import Cascade, CascadeState, Student
+from edge_agent.cascade_config import CascadeConfig
+from edge_agent.cascade_report import CascadeReport
+from edge_agent.config import AgentConfig, password
+from edge_agent.durable import peek_sealed, write_sealed
 from edge_agent.journal import find_release
 from federation.errors import DataError, StoreError
+from federation.protocol.clock import steady_clock
+
+if TYPE_CHECKING:
+    from edge_agent.inference import Predictor
+
+STATE_FILE = "cascade"
+"""The file in the agent's folder that keeps what its cascade has learned."""
+
+_log = logging.getLogger(__name__)
 
 
-def predict_file(config: AgentConfig, file: Path) -> Iterator[str]:
+def predict_file(
+    config: AgentConfig, file: Path, tell: Callable[[CascadeReport], object]
+) -> Iterator[str]:
     """One line a sample of the array `x` in an `.npz`: its label, a tab, and its probability.
 
-    An agent may be running meanwhile.
+    With `[cascade]` a second tab and who answered follow: `local`, `hub` or `cache`; at the end
+    `tell` is given the cascade's account. An agent may be running meanwhile.
 
     Raises:
         StoreError: no released model was fetched yet, or it cannot be loaded.
         DataError: a file that cannot be read, or samples of another shape than the model takes.
+        ConfigError: a broker's certificate that is not there.
     """
     from edge_agent.inference import Predictor
 
@@ -32,11 +54,62 @@ def predict_file(config: AgentConfig, file: Path) -> Iterator[str]:
             "the hub releases it: run the agent, and see that the run has [release] and evaluation"
         )
     predictor = Predictor(found[1])
-    probabilities = _softmax(predictor.predict(_read_samples(file)))
-    for row in probabilities:
+    samples = _read_samples(file)
+    if config.cascade is not None:
+        yield from _cascade(config, config.cascade, predictor, samples, tell)
+        return
+    for row in probabilities(predictor.predict(samples), 1.0):
         best = int(row.argmax())
         label = predictor.labels[best] if predictor.labels else str(best)
         yield f"{label}\t{row[best]:.3f}"
+
+
+def _cascade(
+    config: AgentConfig,
+    settings: CascadeConfig,
+    predictor: "Predictor",
+    samples: NDArray[Any],
+    tell: Callable[[CascadeReport], object],
+) -> Iterator[str]:
+    from edge_agent.asking import HubAsker
+
+    clock, rng = steady_clock(), random.Random()  # noqa: S311 -- jitter, exploration
+    student = Student(predictor.predict, predictor.labels, _temperature(predictor, settings))
+    kept = config.folder / STATE_FILE
+    with ExitStack() as stack:
+        asker = HubAsker(config, settings, password=password(), clock=clock, rng=rng)
+        stack.enter_context(asker)
+        if not asker.wait_until_up(settings.deadline_s):
+            _log.warning("broker not reached url=%s; the device answers alone", config.broker)
+        cascade = Cascade(student, asker, settings, state=_state(kept), clock=clock, rng=rng)
+        stack.callback(
+            lambda: write_sealed(kept, msgspec.msgpack.encode(cascade.state)),
+        )
+        windows = samples.astype(np.float32)
+        for at in range(0, len(windows), settings.together):
+            for each in cascade.answer(windows[at : at + settings.together]):
+                yield f"{each.label}\t{each.probability:.3f}\t{each.source}"
+        tell(cascade.report())
+
+
+def _temperature(predictor: "Predictor", settings: CascadeConfig) -> float:
+    """The temperature that labelled samples of this device ask for; 1 without such samples."""
+    if settings.calibration is None:
+        return 1.0
+    from federation.learning.data import load_folder
+
+    labelled = load_folder(settings.calibration)
+    temperature = fit_temperature(predictor.predict(labelled.x), labelled.y)
+    _log.info("calibrated temperature=%.3f samples=%d", temperature, labelled.samples)
+    return temperature
+
+
+def _state(path: Path) -> CascadeState:
+    """What an earlier start has learned; a new beginning where that is absent or unreadable."""
+    try:
+        return msgspec.msgpack.decode(peek_sealed(path) or b"", type=CascadeState)
+    except msgspec.DecodeError:
+        return CascadeState()
 
 
 def _read_samples(file: Path) -> NDArray[Any]:
@@ -58,9 +131,3 @@ def _read_samples(file: Path) -> NDArray[Any]:
     if samples.dtype.kind not in "buif":
         raise DataError(f"x in {file} is of {samples.dtype}; expected numbers: save it so")
     return samples
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    grown = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: NDArray[np.float32] = grown / grown.sum(axis=1, keepdims=True)
-    return shares

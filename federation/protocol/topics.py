@@ -146,6 +146,16 @@ def answer_route(namespace: str, device: str, request: str, expiry_s: int) -> Ro
     return Route(f"{root(namespace)}/d/{device}/dn/answer/{request}", expiry_s=expiry_s)
 
 
+def answer_filter(namespace: str, device: str) -> str:
+    """What a device that asks models subscribes to: the answers to it."""
+    return f"{root(namespace)}/d/{device}/dn/answer/+"
+
+
+def asking_route(namespace: str, device: str) -> Route:
+    """Where a device that asks models is said to be gone, by its last will; nobody listens."""
+    return Route(f"{root(namespace)}/d/{device}/ask/models/gone", qos=0)
+
+
 def is_answer(namespace: str, device: str, topic: str) -> bool:
     """Whether the letter on this topic is a model's answer: those have an envelope of their own."""
     return topic.startswith(f"{root(namespace)}/d/{device}/dn/answer/")
