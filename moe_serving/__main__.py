@@ -13,9 +13,9 @@ def main() -> None:
         signal.signal(number, _end_now)
     try:
         # It takes a while to load: Ctrl-C meanwhile shall end it without a word.
-        from moe_serving.commands import app
+        from moe_serving.commands import with_extensions
 
-        app()
+        with_extensions()()
     except HeadwaterError as error:
         sys.stderr.write(f"headwater-moe: {error}\n")
         sys.exit(2)

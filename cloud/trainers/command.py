@@ -1,4 +1,4 @@
-"""`headwater-hub train`: train a model at the hub, alone or as one of many processes."""
+"""`headwater-hub train`, and `headwater-moe train`: alone, or as one of many processes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,9 @@ import typer
 
 
 def train(
-    plan: Annotated[Path, typer.Argument(help="The training's file, train.toml.")],
+    plan: Annotated[
+        Path, typer.Argument(help="The training's file, or sotu, kjv-rv, watch or hapt.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of this training; it goes on from there.")],
     hub: Annotated[
         Path | None, typer.Option(help="The hub's folder, to publish the result in.")
@@ -16,5 +18,6 @@ def train(
 ) -> None:
     """Train a model from hub data; under torchrun every process takes its share."""
     from cloud.trainers.job import carry_out
+    from cloud.trainers.ready import find_plan
 
-    carry_out(plan, out, hub, as_json=as_json)
+    carry_out(find_plan(plan), out, hub, as_json=as_json)

@@ -81,6 +81,10 @@ class DataPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Where a set has clients, `held_out` names the clients that are tested on; where it has a split
     of its own, that is used; else the last `test_share` of the samples. Of a text, windows of
     `length` tokens are the samples. `at_most` bounds the training samples (0: all).
+
+    Sensor windows can be learned from `copies` times in an epoch, each copy turned in space by up
+    to `turn_deg` degrees and its strength varied by a share of up to `scale`: a device is worn
+    otherwise by each.
     """
 
     set: str
@@ -88,11 +92,17 @@ class DataPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     test_share: float = 0.2
     length: int = 128
     at_most: int = 0
+    copies: int = 1
+    turn_deg: float = 0.0
+    scale: float = 0.0
 
     def __post_init__(self) -> None:
         _in_range("data.test_share", self.test_share, 0.01, 0.99)
         _in_range("data.length", self.length, 2, 65536)
         _in_range("data.at_most", self.at_most, 0, 2**31)
+        _in_range("data.copies", self.copies, 1, 10_000)
+        _in_range("data.turn_deg", self.turn_deg, 0.0, 180.0)
+        _in_range("data.scale", self.scale, 0.0, 0.9)
 
 
 class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cloud.config import ModelChoice
 from cloud.trainers.plans import DataPlan, TrainPlan
-from cloud.trainers.task import Arrays, Task
+from cloud.trainers.task import Arrays, Samples, Task
+from cloud.trainers.tasks.turned import AXES, TurnedWindows
 from federation.datasets.cached import DataSet, load
 from federation.errors import ConfigError
 from federation.learning.models import build_model, initial_weights, load_weights
@@ -62,11 +63,24 @@ def of_windows(plan: TrainPlan, config: ClassifierConfig, cache: Path) -> Task:
 
     return Task(
         model=model,
-        train=Arrays(found.x[train], found.y[train]),
+        train=_varied(found, train, plan),
         test=Arrays(found.x[test], found.y[test]),
         forward=forward,
         labels=found.labels,
     )
+
+
+def _varied(found: DataSet, places: NDArray[np.int64], plan: TrainPlan) -> Samples:
+    """The windows at these places, in as many turned copies as the plan says."""
+    x, y, data = found.x[places], found.y[places], plan.data
+    if data.copies == 1 and not data.turn_deg and not data.scale:
+        return Arrays(x, y)
+    if x.shape[2] % AXES:
+        raise ConfigError(
+            f"data.turn_deg is {data.turn_deg} and {found.name} has {x.shape[2]} channels; only "
+            "sensors of three axes can be turned: leave out data.copies, turn_deg and scale"
+        )
+    return TurnedWindows(x, y, data.copies, data.turn_deg, data.scale, plan.seed)
 
 
 def sum_of(choices: list[Choice]) -> Tensor:
