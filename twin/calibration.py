@@ -23,8 +23,8 @@ HALF_BIAS = 0.2
 FEW = 3
 """A twin of so many judged forecasts has half the weight that its errors allow."""
 
-CORRECTION_LEAN = 2.0
-"""A correction is believed in full only after many more forecasts than this."""
+CORRECTION_LEAN = 1.0
+"""A correction is believed by half after so many forecasts, and later nearly in full."""
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

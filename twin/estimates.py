@@ -16,8 +16,11 @@ from typing import Self
 
 import msgspec
 
-MEMORY = 30.0
+MEMORY = 15.0
 """An estimate stands on at most so many observations."""
+
+CHANCE_MEMORY = 40.0
+"""A chance stands on at most so many: each says less."""
 
 OUTLIER = 4.0
 """From the `TRUSTED`th observation on, none lies further off than so many deviations."""
@@ -143,7 +146,7 @@ class Chance(msgspec.Struct, frozen=True, kw_only=True):
 
     def after(self, happened: bool) -> "Chance":
         """Gives the chance after one more trial."""
-        kept = min(1.0, MEMORY / (self.yes + self.no + 1.0))
+        kept = min(1.0, CHANCE_MEMORY / (self.yes + self.no + 1.0))
         return Chance(
             yes=self.yes * kept + happened, no=self.no * kept + (not happened), count=self.count + 1
         )

@@ -13,6 +13,9 @@ from twin.shadow import Shadow
 BASE_RATE_WORTH = 2.0
 """Before the first parts ended, the base rate is a half, worth so many parts."""
 
+LONGER = 1.5
+"""A part that was given up would have taken longer by at least this factor, so it is guessed."""
+
 _COMPLETED = {"received": True, "late": None, "spared": None}
 """Whether such an end says that a device completes what it begins; any other says it does not."""
 
@@ -88,9 +91,8 @@ def _judged(model: TwinModel, fleet: TwinModel, part: Part, at: float) -> TwinMo
         known = judged_bytes(known, said=said.up_bytes, observed=trial.up_bytes)
     elif part.outcome in ("late", "spared") and trial.is_whole and trial.training_at is not None:
         elapsed_s = at - trial.asked_at
-        if elapsed_s > said.finish_s.median:
-            longer_s = beyond(said.finish_s, elapsed_s)
-            known = judged_unfinished(known, raw_s=said.raw_s, longer_s=longer_s)
+        longer_s = max(beyond(said.finish_s, elapsed_s), LONGER * elapsed_s)
+        known = judged_unfinished(known, raw_s=said.raw_s, longer_s=longer_s)
     return msgspec.structs.replace(model, calibration=known)
 
 

@@ -2,17 +2,18 @@
 
 `uniform` draws each candidate with the same chance. `forecast` draws it the likelier the surer
 its twin is that it finishes before the deadline; a badly calibrated twin is hardly listened to,
-and its device is taken for an average one.
+and its device is taken for an average one. `plan` is of `cloud.twins.planning`.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from cloud.config import RunPlan
 from cloud.twins.judging import BASE_RATE_WORTH, work_of
+from cloud.twins.planning import RoundPlanner
 from cloud.twins.store import TwinStore
 from federation.errors import StoreError
 from federation.protocol.wishes import DesiredState, is_within, objection_to
@@ -47,6 +48,10 @@ class Choosing:
     task: Callable[[], Task | None]
     wishes: Callable[[], Mapping[str, DesiredState]]
     clock: Callable[[], float]
+    planner: RoundPlanner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.planner = RoundPlanner(self.twins)
 
     def __call__(
         self, candidates: Candidates, count: int, number: int, rng: np.random.Generator
@@ -60,7 +65,7 @@ class Choosing:
             free = [name for name in candidates.names if name not in barred]
             candidates = Candidates(free, candidates.capability)
         selection = self._choose(candidates, count, number, rng, now)
-        return Selection(selection.chosen, {**selection.excluded, **barred}, selection.otherwise)
+        return replace(selection, excluded={**selection.excluded, **barred})
 
     def _choose(
         self,
@@ -71,12 +76,23 @@ class Choosing:
         now: float,
     ) -> Selection:
         task, names = self.task(), candidates.names
-        if task is None or task.plan.selection == "uniform" or len(names) <= count:
+        if task is None or task.plan.selection == "uniform":
+            return select_uniformly(candidates, count, number, rng)
+        if task.plan.selection == "forecast" and len(names) <= count:
             return select_uniformly(candidates, count, number, rng)
         if len(names) > max(MOST, count):
             drawn = rng.choice(len(names), size=max(MOST, count), replace=False)
             names = [names[place] for place in np.sort(drawn).tolist()]
         try:
+            if task.plan.selection == "plan":
+                return self.planner.select(
+                    candidates,
+                    count,
+                    rng,
+                    run=task.plan,
+                    model_bytes=task.model_bytes,
+                    now=now,
+                )
             scores = score(self.twins, task, names, now)
         except StoreError:
             # A round that is chosen by chance is better than none.
