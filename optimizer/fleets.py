@@ -6,9 +6,11 @@ processor energy kappa f^3 watts with kappa 1e-28; students like ResNet-8 to Res
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from optimizer.problem import (
     Gateway,
@@ -37,6 +39,7 @@ _TEACHER_ACCURACY = 0.76
 _UNIT_HZ = 3e9
 _BLOCK_HZ = 180e3
 _TRANSMIT_W = 0.2
+_MOST_EFFICIENCY = 7.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,5 +147,21 @@ def shannon_goodput(blocks: tuple[int, ...], gain: float) -> tuple[float, ...]:
     for count in blocks:
         width_hz = count * _BLOCK_HZ
         efficiency = math.log2(1.0 + _TRANSMIT_W * gain / (noise * width_hz))
-        rates.append(width_hz * min(efficiency, 7.4) / 8.0)
+        rates.append(width_hz * min(efficiency, _MOST_EFFICIENCY) / 8.0)
     return tuple(rates)
+
+
+def goodput_law(problem: Problem) -> Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
+    """Shannon's law of a drawn fleet, [users, X], at any share X of blocks."""
+    width_hz = max(problem.uplink_choices) * _BLOCK_HZ
+    widest = problem.uplink_choices.index(max(problem.uplink_choices))
+    rates = np.array([user.goodput_bytes_per_s[widest] for user in problem.users])
+    # Where the rate is capped at the widest it is so everywhere, as less noise is let in.
+    signal_hz = (np.exp2(8.0 * rates / width_hz) - 1.0) * width_hz
+
+    def at(blocks: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        hertz = blocks[None, :] * _BLOCK_HZ
+        efficiency = np.minimum(np.log2(1.0 + signal_hz[:, None] / hertz), _MOST_EFFICIENCY)
+        return np.asarray(hertz * efficiency / 8.0, np.float64)
+
+    return at
