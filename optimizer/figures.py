@@ -126,7 +126,8 @@ def figure(problem: Problem, layout: Layout, facts: Facts) -> Figures:
     twin_s = compute_NMS[:, :, :, None] + sync_NC[:, None, None, :]
     sync_j = np.nan_to_num(sync_NC * facts.radio_watts_N[:, None], posinf=0.0)
     twin_j = np.broadcast_to(sync_j[:, None, None, :], twin_s.shape)
-    server_j = np.nan_to_num(work_NM * problem.server.watts_per_unit, posinf=0.0)
+    with np.errstate(invalid="ignore"):  # No watts times for ever, where a student is not offered.
+        server_j = np.nan_to_num(work_NM * problem.server.watts_per_unit, posinf=0.0)
     server_j = np.broadcast_to(server_j[:, :, None, None], twin_s.shape)
 
     expected_NM = facts.availability_N[:, None] * facts.accuracy_NM

@@ -1,6 +1,7 @@
 """The hub asks who is there; and who leaves in the middle of a round is gone."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +47,7 @@ def select_available(
             return selection
         away = (name for name, is_on in zip(devices, on, strict=True) if not is_on)
         excluded = dict.fromkeys((n for n in away if n in candidates.names), AWAY)
-        return Selection(selection.chosen, selection.excluded | excluded, selection.otherwise)
+        return replace(selection, excluded=selection.excluded | excluded)
 
     return choose
 
