@@ -1,7 +1,5 @@
 """Whole units, given modes and server units cost little beside shares of any size."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -12,19 +10,13 @@ from optimizer.fleets import Setting, draw, goodput_law
 
 @pytest.mark.parametrize("seed", range(2))
 def test_whole_units_cost_little(seed: int) -> None:
-    """Freely divided resources gain less than 3 %; a finer grid lies between the two."""
-    coarse = Setting(users=6)
-    fine = replace(
-        coarse, steps=9, uplink_choices=tuple(range(1, 17)), server_choices=(1, 2, 3, 4, 6, 8)
-    )
-    problem = draw(coarse, np.random.default_rng(seed))
+    """Freely divided resources gain less than 3 %, and never lose."""
+    problem = draw(Setting(users=6), np.random.default_rng(seed))
     planned = plan(problem, tolerance=0.0, time_limit_s=60.0)
-    refined = plan(draw(fine, np.random.default_rng(seed)), tolerance=1e-4, time_limit_s=60.0)
 
     relaxed = relax(problem, planned, goodput_law(problem))
 
-    assert relaxed.objective <= refined.objective <= planned.objective + 1e-6
-    assert planned.objective < 1.03 * relaxed.objective
+    assert relaxed.objective <= planned.objective < 1.03 * relaxed.objective
     assert 0.5 * planned.makespan_s < relaxed.makespan_s <= 1.1 * planned.makespan_s
 
 
