@@ -49,75 +49,68 @@ def measure(options: Options) -> list[Claim]:
 
 
 def claims_of(found: Found) -> list[Claim]:
-    """The figures of a case as claims; times are in microseconds a token."""
-    case, ours_s = found.case, found.seconds[OURS]
-    a_token = 1e6 / case.tokens
-    claims = [
-        claim(
-            f"{case.name}: times the roofline",
-            ours_s / found.roofline_s,
-            "x",
-            peer="per-expert roofline, µs/token",
-            peer_value=found.roofline_s * a_token,
-            goal=None if case.share is None else round(1 / case.share, 2),
-        )
-    ]
-    exact = {
-        name: seconds
+    """The figures of a case as claims, in microseconds of CPU a token."""
+    case, a_token = found.case, 1e6 / found.case.tokens
+    ours = found.seconds[OURS] * a_token
+    roofline = found.roofline_s * a_token
+    peers = {
+        name: seconds * a_token
         for name, seconds in found.seconds.items()
         if name != OURS and not name.startswith(EIGHT_BIT)
     }
-    best = min(exact, key=lambda name: exact[name])
-    for name, seconds in exact.items():
-        is_far_static = name == EINSUM and found.waste >= FAR_WASTE
-        goal = 0.2 if is_far_static else 1.0 if name == best else None
-        waste = f" (waste {found.waste:.1f})" if name in (EINSUM, PADDED) else ""
-        claims.append(
-            claim(
-                f"{case.name}: beside {name}{waste}",
-                ours_s / seconds,
-                "x",
-                peer="µs/token",
-                peer_value=seconds * a_token,
-                goal=goal,
-            )
+    best = min(peers, key=lambda name: peers[name])
+    claims = [
+        claim(
+            case.name,
+            ours,
+            "µs/token",
+            peer="per-expert roofline",
+            peer_value=roofline,
+            goal=None if case.share is None else roofline / case.share,
         )
+    ]
+    for name, theirs in peers.items():
+        is_static = name in (EINSUM, PADDED)
+        goal = theirs if name == best else None
+        if name == EINSUM and found.waste >= FAR_WASTE:
+            goal = theirs / 5
+        said = f"{name}, waste {found.waste:.1f}" if is_static else name
+        claims.append(claim(case.name, ours, "µs/token", peer=said, peer_value=theirs, goal=goal))
     return claims + _memory_claims(found) + _eight_bit_claims(found)
 
 
 def _memory_claims(found: Found) -> list[Claim]:
-    if not found.temporary_mb:
-        return []
-    ours = found.temporary_mb[OURS]
+    is_large = found.case.n_experts >= 128
     return [
         claim(
             f"{found.case.name}: temporary memory",
-            ours,
+            found.temporary_mb[OURS],
             "MB",
-            peer=f"{name}, MB",
-            peer_value=other,
-            goal=other / 20 if name == EINSUM and found.case.n_experts >= 128 else None,
+            peer=name,
+            peer_value=theirs,
+            goal=theirs / 20 if name == EINSUM and is_large else None,
         )
-        for name, other in found.temporary_mb.items()
+        for name, theirs in found.temporary_mb.items()
         if name != OURS
     ]
 
 
 def _eight_bit_claims(found: Found) -> list[Claim]:
-    plain_s = found.seconds[PLAIN]
-    eight = {n: s for n, s in found.seconds.items() if n.startswith(EIGHT_BIT)}
+    a_token = 1e6 / found.case.tokens
+    plain = found.seconds[PLAIN] * a_token
+    eight = {n: s * a_token for n, s in found.seconds.items() if n.startswith(EIGHT_BIT)}
     best = min(eight, key=lambda name: eight[name], default="")
-    goal = 0.25 if found.case.is_decode else 0.5
+    factor = 4 if found.case.is_decode else 2
     return [
         claim(
-            f"{found.case.name}: {name} (error {found.errors[name]:.2%})",
-            seconds / plain_s,
-            "x",
-            peer=f"{PLAIN}, µs/token",
-            peer_value=plain_s * 1e6 / found.case.tokens,
-            goal=goal if name == best else None,
+            f"{found.case.name}: {name}, error {found.errors[name]:.1%}",
+            spent,
+            "µs/token",
+            peer=PLAIN,
+            peer_value=plain,
+            goal=plain / factor if name == best else None,
         )
-        for name, seconds in eight.items()
+        for name, spent in eight.items()
     ]
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from federation.errors import StoreError
 from moe_serving.checkpoint import expert_ranges, load, save
-from moe_serving.layers.experts import GroupedExperts
+from moe_serving.kernels.plain import pack_plain
+from moe_serving.layers.experts import ExpertWeights, GroupedExperts, ResidentStore, StoredExperts
+from moe_serving.layers.gating import Choice, sort_by_expert
 from moe_serving.models.config import (
     ClassifierConfig,
     DecoderConfig,
@@ -264,3 +266,56 @@ def test_a_foreign_family_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(StoreError, match="no Mixtral or Switch"):
         load_huggingface(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_foreign_model_runs_on_our_experts() -> None:
+    """Registered with transformers by name, our plan and experts give its own logits."""
+    import transformers
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def run_ours(module: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        n_experts = module.num_experts
+        plan = sort_by_expert(Choice(expert_TK, weight_TK, torch.empty(0, n_experts)))
+        weights = zip(module.gate_up_proj, module.down_proj, strict=True)
+        packed = [pack_plain(ExpertWeights(*pair), "swiglu") for pair in weights]
+        return StoredExperts(ResidentStore([packed]), 0)(x_TD, plan)
+
+    ALL_EXPERTS_FUNCTIONS.register("headwater", run_ours)
+    torch.manual_seed(3)
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+            max_position_embeddings=64,
+        )
+    ).eval()  # fmt: skip
+    tokens = torch.randint(0, 60, (3, 17))
+    with torch.no_grad():
+        own = model(tokens).logits
+
+        model.set_experts_implementation("headwater")
+
+        torch.testing.assert_close(model(tokens).logits, own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_a_small_case() -> None:
+    """One case of `benchmarks.moe_layer` gives peers that agree with us and complete claims."""
+    from benchmarks.moe_layer import claims_of
+    from benchmarks.moe_layer_measuring import EIGHT_BIT, Case, measure_case, one_thread
+
+    with one_thread():
+        found = [
+            measure_case(Case(256, 8, 64, 128, "relu", share=0.1, is_static=True), 0.1),
+            measure_case(Case(64, 8, 64, 128, "swiglu"), 0.1),
+            measure_case(Case(64, 8, 64, 128, "relu", top_k=1), 0.1),
+        ]
+
+    for each in found:
+        exact = {n: e for n, e in each.errors.items() if not n.startswith(EIGHT_BIT)}
+        assert max(exact.values()) < 1e-5
+        assert all(seconds > 0 for seconds in each.seconds.values())
+        assert each.roofline_s > 0
+        assert {claim.peer for claim in claims_of(each)} >= {"per-expert roofline", "ORT MoE"}
+    assert set(found[0].temporary_mb) == {"ours, f32", "static einsum", "static padded"}
