@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from moe_serving.fairness import FairQueue
-from moe_serving.requests import RefusedError, Ticket
+from moe_serving.requests import RefusedError, Ticket, steps_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +27,15 @@ class Limits:
     deadline_s: float = 30.0
 
 
-class Rate:
-    """Tokens a second while there is enough to do: a mean over about the last `memory_s`.
+class Pace:
+    """How fast a model works: tokens a second while there is enough to do, and seconds a step.
 
-    It begins with what the calibration at loading gave.
+    It begins with what the calibration at loading gave; the rate is a mean over about the last
+    `memory_s` seconds of work under pressure, the time of a step over about the last ten.
     """
 
-    def __init__(self, tokens_per_s: float, memory_s: float = 5.0) -> None:
+    def __init__(self, tokens_per_s: float, step_s: float = 0.0, memory_s: float = 5.0) -> None:
+        self.step_s = step_s
         self._memory_s = memory_s
         self._seconds = 0.2 * memory_s
         self._tokens = tokens_per_s * self._seconds
@@ -43,40 +45,58 @@ class Rate:
         """The rate; never 0."""
         return max(1e-6, self._tokens / self._seconds)
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A step took this long. Call it only if more waits: an idle engine is no slow one."""
-        fade = math.exp(-seconds / self._memory_s)
-        self._tokens = self._tokens * fade + tokens
-        self._seconds = self._seconds * fade + seconds
+    def observe(self, tokens: int, seconds: float, *, is_pressed: bool) -> None:
+        """A step took this long; `is_pressed`: more waits. An idle engine is no slow one."""
+        self.step_s += 0.1 * (seconds - self.step_s)
+        if is_pressed:
+            fade = math.exp(-seconds / self._memory_s)
+            self._tokens = self._tokens * fade + tokens
+            self._seconds = self._seconds * fade + seconds
 
 
-def admit(ticket: Ticket, queue: FairQueue, limits: Limits, rate: Rate, now: float) -> None:
-    """Refuse a ticket for which there is no room.
+class Admission:
+    """Refuses tickets for which there is no room, or no time."""
 
-    Raises:
-        RefusedError: `over-share`, `busy`, or `expired` if the deadline has passed already.
-    """
-    if ticket.deadline <= now:
-        raise RefusedError("expired", "the deadline passed before the request was accepted")
-    bound = limits.target_wait_s * rate.tokens_per_s
-    mine, waiting = queue.tokens_of(ticket.client), queue.tokens
-    share = bound / (queue.clients + (1 if mine else 2))
-    if mine and mine + ticket.cost > share:
-        raise RefusedError(
-            "over-share",
-            f"{mine} tokens of this client are waiting; its share is {share:.0f} now: "
-            "ask again when they are answered",
-            retry_after_s=_pause_s(mine + ticket.cost - share, rate),
-        )
-    # An empty queue takes anything: what no bound would ever let in could never be served.
-    if waiting and (waiting + ticket.cost > bound or len(queue) >= limits.max_waiting):
-        raise RefusedError(
-            "busy",
-            f"{waiting} tokens are waiting, of at most {bound:.0f}: ask again later",
-            retry_after_s=_pause_s(waiting + ticket.cost - bound, rate),
-        )
+    def __init__(self, limits: Limits, pace: Pace) -> None:
+        self.limits = limits
+        self.pace = pace
+        self._turned_away_until = 0.0
 
+    def admit(self, ticket: Ticket, queue: FairQueue, now: float) -> None:
+        """Let a ticket wait.
 
-def _pause_s(tokens: float, rate: Rate) -> float:
-    """When so much will have been done; at least a second, as Retry-After counts them."""
-    return float(max(1, math.ceil(tokens / rate.tokens_per_s)))
+        Raises:
+            RefusedError: `over-share`, `busy`, or `expired` if the deadline has passed already.
+        """
+        if ticket.deadline <= now:
+            raise RefusedError("expired", "the deadline passed before the request was accepted")
+        rate = self.pace.tokens_per_s
+        bound = self.limits.target_wait_s * rate
+        mine, waiting = queue.tokens_of(ticket.client), queue.tokens
+        share = bound / (queue.clients + (1 if mine else 2))
+        if mine and mine + ticket.cost > share:
+            raise RefusedError(
+                "over-share",
+                f"{mine} tokens of this client are waiting; its share is {share:.0f} now: "
+                "ask again when they are answered",
+                retry_after_s=float(max(1, math.ceil((mine + ticket.cost - share) / rate))),
+            )
+        # An empty queue takes anything: what no bound would ever let in could never be served.
+        if not waiting:
+            return
+        if waiting + ticket.cost > bound or len(queue) >= self.limits.max_waiting:
+            raise self._busy(ticket, f"{waiting} tokens are waiting, of at most {bound:.0f}", now)
+        likely_s = waiting / rate + steps_of(ticket.work) * self.pace.step_s
+        if now + likely_s > ticket.deadline:
+            left_s = ticket.deadline - now
+            reason = f"an answer would take {likely_s:.1f} s, and its deadline is in {left_s:.1f} s"
+            raise self._busy(ticket, reason, now)
+
+    def _busy(self, ticket: Ticket, reason: str, now: float) -> RefusedError:
+        """Who is sent away is told to come one after the other, as if they stood in a line."""
+        rate = self.pace.tokens_per_s
+        soonest, latest = now + 1.0, now + self.limits.deadline_s
+        at = max(self._turned_away_until, soonest) + ticket.cost / rate
+        self._turned_away_until = min(at, latest)
+        pause_s = float(math.ceil(self._turned_away_until - now))
+        return RefusedError("busy", f"{reason}: ask again later", retry_after_s=pause_s)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from moe_serving.admission import Limits, Rate, admit
+from moe_serving.admission import Admission, Limits, Pace
 from moe_serving.batching import Batcher
 from moe_serving.fairness import FairQueue
 from moe_serving.requests import Ending, RefusedError, Ticket
@@ -38,7 +38,7 @@ class Engine:
         name: str,
         batcher: Batcher,
         limits: Limits,
-        rate: Rate,
+        pace: Pace,
         *,
         observer: Observer,
         clock: Callable[[], float],
@@ -46,7 +46,8 @@ class Engine:
         self.limits = limits
         self.clock = clock
         self._batcher = batcher
-        self._rate = rate
+        self._pace = pace
+        self._admission = Admission(limits, pace)
         self._observer = observer
         self._queue = FairQueue()
         self._bell = threading.Condition()
@@ -58,7 +59,7 @@ class Engine:
     @property
     def tokens_per_s(self) -> float:
         """The rate that admission goes by."""
-        return self._rate.tokens_per_s
+        return self._pace.tokens_per_s
 
     @property
     def waiting_tokens(self) -> int:
@@ -86,7 +87,7 @@ class Engine:
         with self._bell:
             if self._is_draining:
                 raise RefusedError("draining", "the model is being put away", retry_after_s=1.0)
-            admit(ticket, self._queue, self.limits, self._rate, self.clock())
+            self._admission.admit(ticket, self._queue, self.clock())
             self._queue.put(ticket)
             self._bell.notify_all()
 
@@ -166,8 +167,7 @@ class Engine:
         now = self.clock()
         for ticket, ending in ended:
             self._settle(ticket, ending)
-        if is_pressed:
-            self._rate.observe(tokens, now - begun)
+        self._pace.observe(tokens, now - begun, is_pressed=is_pressed)
         running = len(self._batcher.running)
         self._observer.on_step(tokens, now - begun, self._queue.tokens, running)
 

@@ -259,7 +259,7 @@ class Host:
             f"{name} {loaded.published.version}",
             loaded.batcher,
             settings.limits,
-            loaded.rate,
+            loaded.pace,
             observer=self._observe(name, loaded.published.version),
             clock=self.clock,
         )

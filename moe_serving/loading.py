@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from federation.errors import ConfigError, HeadwaterError, StoreError
-from moe_serving.admission import Rate
+from moe_serving.admission import Pace
 from moe_serving.batching import Batcher, Continuous
 from moe_serving.buffering.store import BufferedStore, open_store
 from moe_serving.buffering.store import Settings as BufferSettings
 from moe_serving.checkpoint import load
 from moe_serving.config import ModelConfig
+from moe_serving.kernels.plain import pack_plain
 from moe_serving.kernels.registry import best_kernel, serve_resident
 from moe_serving.models.classifier import WindowClassifier
 from moe_serving.models.config import ClassifierConfig, DecoderConfig, TranslationConfig
@@ -55,7 +56,7 @@ class Loaded:
     record: Record
     tokenizer: Tokenizer
     batcher: Batcher
-    rate: Rate
+    pace: Pace
     store: BufferedStore | None = None
 
     def close(self) -> None:
@@ -76,12 +77,12 @@ def load_version(published: Published, settings: ModelConfig) -> Loaded:
     try:
         _check_about(published, model)
         batcher = _batcher(model, tokenizer, settings)
-        rate = _probe(published, model, batcher, settings)
+        pace = _probe(published, model, batcher, settings)
     except HeadwaterError:
         if store is not None:
             store.close()
         raise
-    return Loaded(published, model.config, tokenizer, batcher, rate, store)
+    return Loaded(published, model.config, tokenizer, batcher, pace, store)
 
 
 def _load(published: Published, settings: ModelConfig) -> tuple[Model, BufferedStore | None]:
@@ -91,7 +92,10 @@ def _load(published: Published, settings: ModelConfig) -> tuple[Model, BufferedS
         raise ConfigError("device is 'cuda' and there is no GPU here: serve it on the CPU")
     try:
         if settings.experts_mb:
-            pack = best_kernel(settings.device, settings.precision, is_single=True).pack
+            # Packing is paid for by each miss: exact weights run as they lie in the file.
+            pack = pack_plain
+            if settings.precision != "exact":
+                pack = best_kernel(settings.device, settings.precision, is_single=True).pack or pack
             budget = BufferSettings(int(settings.experts_mb * 1e6))
             store = open_store(published.folder, budget, pack=pack, device=device)
             return load(published.folder, store=store).to(device), store
@@ -134,7 +138,7 @@ def _batcher(model: Model, tokenizer: Tokenizer, settings: ModelConfig) -> Batch
     return Continuous(translates, slots=slots, rows=rows, end=model.config.end_id)
 
 
-def _probe(published: Published, model: Model, batcher: Batcher, settings: ModelConfig) -> Rate:
+def _probe(published: Published, model: Model, batcher: Batcher, settings: ModelConfig) -> Pace:
     """Ask alone, then in company, and compare; the time of the second is the rate."""
     rng = np.random.default_rng(0)
     company = min(PROBE_COMPANY, settings.windows if _is_classifier(model) else settings.slots)
@@ -152,7 +156,7 @@ def _probe(published: Published, model: Model, batcher: Batcher, settings: Model
             f"{published.folder} answers differently in company, by {gap:.2g}: "
             "serve it with precision = 'exact'; if it is so already, its weights are damaged"
         )
-    return Rate(tokens_per_s)
+    return Pace(tokens_per_s)
 
 
 def _is_classifier(model: Model) -> bool:

@@ -178,3 +178,8 @@ def cost_of(work: Work) -> int:
             return max(1, len(work.tokens) + work.max_tokens)
         case Classify():
             return len(work.x_BLC)
+
+
+def steps_of(work: Work) -> int:
+    """How many steps of the model an answer takes at least, once it runs."""
+    return work.max_tokens + 1 if isinstance(work, Generate) else 1

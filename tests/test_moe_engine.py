@@ -186,6 +186,9 @@ def test_a_deadline_ends_what_waits_and_what_runs(repository: Path) -> None:
     with hosting(repository, poet=ModelConfig(slots=1, target_wait_s=3600.0)) as host:
         long = Generate(tokens=prompt(20), max_tokens=230, temperature=1.0)
         running = ask(host, "poet", long, "a", deadline_s=0.05)
+        until = time.monotonic() + 20
+        while host.find("poet").engine.waiting_tokens:
+            assert time.monotonic() < until, "it never ran"
         waiting = ask(host, "poet", long, "b", deadline_s=0.05)
 
         endings = [running.ending(), waiting.ending()]

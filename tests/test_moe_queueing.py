@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_serving.admission import Limits, Rate, admit
+from moe_serving.admission import Admission, Limits, Pace
 from moe_serving.fairness import QUANTUM, FairQueue
 from moe_serving.requests import Generate, RefusedError, Ticket
 
@@ -101,30 +101,32 @@ def test_a_flood_of_one_client_does_not_delay_another() -> None:
 
 def test_the_bound_on_what_waits_is_a_time() -> None:
     """Tickets are accepted until the wait would be longer than the target, then `busy`."""
-    queue, limits, rate = FairQueue(), Limits(target_wait_s=2.0), Rate(1000.0)
+    queue = FairQueue()
+    admission = Admission(Limits(target_wait_s=2.0), Pace(1000.0))
     for n in range(20):
         each = ticket(f"c{n}", 100)
-        admit(each, queue, limits, rate, 0.0)
+        admission.admit(each, queue, 0.0)
         queue.put(each)
 
     with pytest.raises(RefusedError) as refused:
-        admit(ticket("late", 100), queue, limits, rate, 0.0)
+        admission.admit(ticket("late", 100), queue, 0.0)
 
     assert refused.value.outcome == "busy"
-    assert refused.value.retry_after_s == 1.0
+    assert refused.value.retry_after_s == 2.0
 
 
 def test_who_asks_for_more_than_its_share_is_told_that_it_is_the_one() -> None:
     """One client may hold half of the bound alone; another is let in where it is refused."""
-    queue, limits, rate = FairQueue(), Limits(target_wait_s=2.0), Rate(1000.0)
+    queue = FairQueue()
+    admission = Admission(Limits(target_wait_s=2.0), Pace(1000.0))
     for _ in range(10):
         each = ticket("greedy", 100)
-        admit(each, queue, limits, rate, 0.0)
+        admission.admit(each, queue, 0.0)
         queue.put(each)
 
     with pytest.raises(RefusedError) as refused:
-        admit(ticket("greedy", 100), queue, limits, rate, 0.0)
-    admit(ticket("modest", 100), queue, limits, rate, 0.0)
+        admission.admit(ticket("greedy", 100), queue, 0.0)
+    admission.admit(ticket("modest", 100), queue, 0.0)
 
     assert refused.value.outcome == "over-share"
     assert refused.value.retry_after_s >= 1.0
@@ -132,22 +134,54 @@ def test_who_asks_for_more_than_its_share_is_told_that_it_is_the_one() -> None:
 
 def test_an_empty_queue_takes_what_no_bound_would() -> None:
     """A request larger than the whole bound is accepted when nothing waits."""
-    admit(ticket("a", 10_000), FairQueue(), Limits(target_wait_s=0.1), Rate(10.0), 0.0)
+    admission = Admission(Limits(target_wait_s=0.1), Pace(10.0))
+
+    admission.admit(ticket("a", 10_000), FairQueue(), 0.0)
 
 
 def test_a_deadline_that_has_passed_is_not_accepted() -> None:
     """A ticket whose deadline is now is `expired` at once."""
     with pytest.raises(RefusedError) as refused:
-        admit(ticket("a", 1, deadline=5.0), FairQueue(), Limits(), Rate(10.0), 5.0)
+        Admission(Limits(), Pace(10.0)).admit(ticket("a", 1, deadline=5.0), FairQueue(), 5.0)
 
     assert refused.value.outcome == "expired"
 
 
 def test_the_rate_follows_the_model_and_forgets() -> None:
     """After a few times its memory, the rate is what was seen of late and not the first guess."""
-    rate = Rate(1e6, memory_s=5.0)
+    pace = Pace(1e6, memory_s=5.0)
 
     for _ in range(1000):
-        rate.observe(50, 0.1)
+        pace.observe(50, 0.1, is_pressed=True)
+        pace.observe(1, 0.1, is_pressed=False)
 
-    assert rate.tokens_per_s == pytest.approx(500.0, rel=0.01)
+    assert pace.tokens_per_s == pytest.approx(500.0, rel=0.01)
+    assert pace.step_s == pytest.approx(0.1)
+
+
+def test_what_could_not_be_answered_in_time_is_refused_at_once() -> None:
+    """With work ahead of it and steps of 0.1 s, 50 tokens are not promised for in 4 s."""
+    queue = FairQueue()
+    admission = Admission(Limits(), Pace(1000.0, step_s=0.1))
+    queue.put(ticket("a", 100))
+
+    with pytest.raises(RefusedError) as refused:
+        admission.admit(ticket("b", 50, deadline=4.0), queue, 0.0)
+    admission.admit(ticket("b", 50, deadline=6.0), queue, 0.0)
+
+    assert refused.value.outcome == "busy"
+
+
+def test_those_who_are_sent_away_are_not_told_to_come_back_together() -> None:
+    """Each is told a later moment, as far apart as the work of one takes; none beyond a bound."""
+    queue = FairQueue()
+    admission = Admission(Limits(target_wait_s=1.0, deadline_s=30.0), Pace(100.0))
+    queue.put(ticket("a", 100))
+    pauses = []
+    for n in range(60):
+        with pytest.raises(RefusedError) as refused:
+            admission.admit(ticket(f"b{n}", 100), queue, 0.0)
+        pauses.append(refused.value.retry_after_s)
+
+    assert pauses[:3] == [2.0, 3.0, 4.0]
+    assert max(pauses) == 30.0
