@@ -22,6 +22,8 @@ import numpy as np
 from optimizer.columns import BIG, Columns, Floats, Integers
 
 _BISECTIONS = 40
+_GOLDEN = (5.0**0.5 - 1.0) / 2.0
+_GOLDEN_STEPS = 16
 _PRECISION = 2e-6
 """A bisection ends when the bound can rise by no more than this share of it."""
 
@@ -136,7 +138,41 @@ def price_at(
         return float(reached - table.accuracy_wanted)
 
     start = near.accuracy if near is not None and near.accuracy > 0.0 else 1.0 / table.users
-    return _bisect(at, spare, start, (1e3 * table.penalty, enough))
+    return _climb(at, spare, start, (1e3 * table.penalty, enough))
+
+
+def _climb(
+    at: Callable[[float], Priced],
+    spare: Callable[[Priced], float],
+    start: float,
+    most: tuple[float, float],
+) -> Priced:
+    """The price of the highest bound, by golden section, and a choice with something to spare.
+
+    Choices rounded to whole columns may lack accuracy at every price, so their sign is no guide
+    here; the bound is concave in the price. `most` is as in `_bisect`.
+    """
+    tried = {0.0: at(0.0)}
+    if spare(tried[0.0]) >= 0.0:
+        return tried[0.0]
+
+    def value(price: float) -> float:
+        if price not in tried:
+            tried[price] = at(price)
+        return tried[price].value
+
+    low, middle, high = 0.0, start, 4.0 * start
+    while value(high) > value(middle) and high < most[0] and value(high) <= most[1]:
+        low, middle, high = middle, high, 4.0 * high
+    for _ in range(_GOLDEN_STEPS):
+        if max(each.value for each in tried.values()) > most[1]:
+            break
+        inner, outer = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        low, high = (low, outer) if value(inner) >= value(outer) else (inner, high)
+    best = max(tried.values(), key=_value)
+    reaching = [each for each in tried.values() if spare(each) >= 0.0]
+    fits = max(reaching, key=_value, default=best)
+    return Priced(fits.cells, best.duals, best.value, fits.uplink_level_N, fits.server_level_N)
 
 
 def _bisect(
