@@ -30,6 +30,9 @@ PRICE_STEP = 0.03
 SLACK = 20
 """Windows by whose share the share may be overdrawn, so that a start in doubt can ask."""
 
+_DOUBTS = tuple(0.5 ** ((place + 0.5) / 2) for place in range(BINS))
+"""The doubt in the middle of each bin."""
+
 Choice: TypeAlias = Literal["ask", "explore", "stay"]
 
 
@@ -110,11 +113,17 @@ class Agreement:
         return self._fitted[low] + (at - low) * (self._fitted[low + 1] - self._fitted[low])
 
     def _fit(self) -> list[float]:
-        """The share that differs in each bin, the device's doubt its prior, never rising."""
+        """The share that differs in each bin, never rising; the device's doubt is its prior.
+
+        How far doubt overstates is learned over all bins together, so that one in which nothing
+        was heard yet follows the others.
+        """
+        expected = sum(heard * doubt for heard, doubt in zip(self._heard, _DOUBTS, strict=True))
+        ratio = (sum(self._differed) + PRIOR_WEIGHT) / (expected + PRIOR_WEIGHT)
         weights = [heard + PRIOR_WEIGHT for heard in self._heard]
         means = [
-            (differed + PRIOR_WEIGHT * 0.5 ** ((place + 0.5) / 2)) / weight
-            for place, (differed, weight) in enumerate(zip(self._differed, weights, strict=True))
+            (differed + PRIOR_WEIGHT * min(1.0, ratio * doubt)) / weight
+            for doubt, differed, weight in zip(_DOUBTS, self._differed, weights, strict=True)
         ]
         return _falling(means, weights)
 

@@ -199,7 +199,8 @@ class Cascade:
         began = self._clock()
         said = self._ask(windows, self._config.deadline_s)
         took = self._clock() - began
-        self._allowance -= said.up_bytes
+        if self._config.bytes_per_hour:
+            self._allowance -= said.up_bytes
         if isinstance(said, Advice) and len(said.logits) == len(windows):
             self._pause_s = FIRST_PAUSE_S
             self._tally.advised(took, said.up_bytes, said.down_bytes)
