@@ -14,7 +14,6 @@ from moe_serving.buffering.residency import Fetch, Heat, Residency
 from moe_serving.buffering.source import Buffer, FileSource, HostSource, Source
 from moe_serving.checkpoint import expert_ranges
 from moe_serving.kernels.plain import PlainExpert, pack_plain
-from moe_serving.kernels.registry import best_kernel
 from moe_serving.layers.experts import Pack, PackedExpert
 
 Listener: TypeAlias = Callable[[int, Sequence[int]], None]
@@ -279,7 +278,7 @@ def open_store(
     folder: Path,
     settings: Settings,
     *,
-    pack: Pack | None = None,
+    pack: Pack = pack_plain,
     device: torch.device | None = None,
     heat_LE: Heat | None = None,
 ) -> BufferedStore:
@@ -288,7 +287,8 @@ def open_store(
     Args:
         folder: Of the checkpoint.
         settings: Budget and policy.
-        pack: The kernel; without, the best that runs experts one by one exactly.
+        pack: The kernel. Packing is paid for by each miss and pays at many rows an expert: for a
+            few rows the plain kernel, which packs nothing, is the fastest that misses at all.
         device: Where experts run. For a GPU, all experts lie in pinned memory of the host.
         heat_LE: Which experts to begin with.
 
@@ -300,10 +300,6 @@ def open_store(
     where = torch.device("cpu") if device is None else device
     if not ranges.offsets:
         raise ConfigError(f"{folder} has no mixture layers; load it without a store")
-    if pack is None:
-        pack = best_kernel(is_single=True).pack if where.type == "cpu" else pack_plain
-    if pack is None:
-        raise ConfigError(f"no kernel runs single experts on {where}; name one that does")
     source: Source = FileSource(ranges) if where.type == "cpu" else HostSource(ranges, where)
     try:
         return BufferedStore(source, pack, settings, heat_LE=heat_LE)
