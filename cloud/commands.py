@@ -20,6 +20,7 @@ from cloud.explaining import explain
 from cloud.holder import find_holder
 from cloud.record.store import Store
 from cloud.trainers.command import train
+from cloud.twins.command import twins
 from federation.config import read_config
 from federation.errors import ConfigError
 from federation.protocol.clock import steady_clock
@@ -63,6 +64,7 @@ def serve(
 
 
 app.command()(train)
+app.command()(twins)
 
 
 @app.command()

@@ -119,9 +119,9 @@ def figures(model: TwinModel) -> JsonObject:
     for name in ("delay_s", "down_bytes_per_s", "up_bytes_per_s", "beside_s", "start_s"):
         if (known := getattr(model, name)) is not None:
             found[name] = _figure(known)
-    for name in ("seconds_per_sample", "joules_per_sample"):
-        if by_family := getattr(model, name):
-            found[name] = {family: _figure(known) for family, known in by_family.items()}
+    rates = model.seconds_per_sample
+    if rates:
+        found["seconds_per_sample"] = {family: _figure(known) for family, known in rates.items()}
     record = model.calibration
     return {
         **found,

@@ -79,7 +79,7 @@ def forecast(
         completes=completes(own, fleet, now, now + finish.mean),
         down_bytes=work.down_bytes,
         up_bytes=up_bytes,
-        energy_j=_energy_j(own, work, training, up_bytes, power),
+        energy_j=_energy_j(work, training, up_bytes, power),
     )
 
 
@@ -133,20 +133,12 @@ def _up_bytes(own: TwinModel, fleet: TwinModel, work: Work) -> int:
     return known or work.up_bytes
 
 
-def _energy_j(
-    own: TwinModel, work: Work, training: LogNormal, up_bytes: int, power: Power | None
-) -> float | None:
-    """Joules above idle: measured by sample where they were reported, else watts times time."""
-    measured = own.joules_per_sample.get(work.family)
-    if measured is not None:
-        training_j = measured.next().mean * work.seen(own.samples)
-    elif power is not None and power.training_w is not None:
-        training_j = power.training_w * training.mean
-    else:
+def _energy_j(work: Work, training: LogNormal, up_bytes: int, power: Power | None) -> float | None:
+    """Joules above idle: watts times seconds, and what the bytes cost; None where nobody said."""
+    if power is None or power.training_w is None:
         return None
-    said = power or Power()
-    link_j = up_bytes * said.up_j_per_mb + work.down_bytes * said.down_j_per_mb
-    return training_j + link_j / 1e6
+    link_j = up_bytes * power.up_j_per_mb + work.down_bytes * power.down_j_per_mb
+    return power.training_w * training.mean + link_j / 1e6
 
 
 def power_of(reported: Mapping[str, object]) -> Power | None:

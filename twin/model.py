@@ -87,7 +87,6 @@ class TwinModel(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     seconds_per_sample: dict[str, Estimate] = {}
-    joules_per_sample: dict[str, Estimate] = {}
     delay_s: Estimate | None = None
     down_bytes_per_s: Estimate | None = None
     up_bytes_per_s: Estimate | None = None
