@@ -271,7 +271,9 @@ def _drain(options: Options, target: Target, process: Process) -> list[Claim]:
     telling.start()
     answers = _closed(target, CLIENTS, START_S, is_told.is_set)
     telling.join()
-    code = process.stop(GRACE_S + 10.0)
+    # Not told twice: a signal that meets an ending interpreter would kill it.
+    wait_until(lambda: not process.is_running, "end of the server", patience_s=GRACE_S + 60.0)
+    code = process.stop()
     statuses = Counter(each.status for each in answers)
     options.tell(f"drain: {dict(statuses)}, exit code {code}")
     lost = sum(n for status, n in statuses.items() if status not in {200, 429, 503, 504})

@@ -24,7 +24,7 @@ class Body(BaseModel):
 def serve(folder: Path, port: int) -> None:
     """Serve the checkpoint in a folder on this port of loopback, until SIGTERM."""
     torch.set_num_threads(1)
-    model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32)
     app, turn = FastAPI(), threading.Lock()
 
     @app.get("/health")

@@ -21,6 +21,7 @@ from moe_serving.checkpoint import load
 from moe_serving.config import ModelConfig
 from moe_serving.kernels.plain import pack_plain
 from moe_serving.kernels.registry import best_kernel, serve_resident
+from moe_serving.layers.experts import Pack
 from moe_serving.models.classifier import WindowClassifier
 from moe_serving.models.config import ClassifierConfig, DecoderConfig, TranslationConfig
 from moe_serving.models.decoder import DecoderLM
@@ -93,7 +94,7 @@ def _load(published: Published, settings: ModelConfig) -> tuple[Model, BufferedS
     try:
         if settings.experts_mb:
             # Packing is paid for by each miss: exact weights run as they lie in the file.
-            pack = pack_plain
+            pack: Pack = pack_plain
             if settings.precision != "exact":
                 pack = best_kernel(settings.device, settings.precision, is_single=True).pack or pack
             budget = BufferSettings(int(settings.experts_mb * 1e6))
