@@ -47,7 +47,7 @@ def measure(options: Options) -> list[Claim]:
 
 
 def _trained(options: Options, claims: list[Claim]) -> dict[str, Values]:
-    rounds = 100 if options.is_quick else 1_000
+    rounds = 100 if options.is_quick else 400
     values: dict[str, Values] = {"fair prices": FairPrices()}
     blanks = {
         "linear Q": (None, True),
@@ -66,13 +66,13 @@ def _trained(options: Options, claims: list[Claim]) -> dict[str, Values]:
 
 
 def _fleets(is_quick: bool) -> list[Fleet]:
-    counts = {10: 6, 100: 2} if is_quick else {10: 40, 50: 12, 100: 10, 1000: 3}
+    counts = {10: 6, 100: 2} if is_quick else {10: 40, 50: 8, 100: 6, 1000: 2}
     fleets = [Fleet(f"{n} users", n, count, Setting(users=n)) for n, count in counts.items()]
     if not is_quick:
         tight = Setting(users=100, blocks_per_user=1.0, server_units_per_user=0.3)
         ample = Setting(users=100, blocks_per_user=4.0, server_units_per_user=1.2)
-        fleets.append(Fleet("100 users, half of everything", 100, 5, tight))
-        fleets.append(Fleet("100 users, twice of everything", 100, 5, ample))
+        fleets.append(Fleet("100 users, half of everything", 100, 4, tight))
+        fleets.append(Fleet("100 users, twice of everything", 100, 4, ample))
     return fleets
 
 

@@ -17,7 +17,7 @@ from federation.errors import ConfigError
 from optimizer.allocation import Effort, Shortlist, allocate
 from optimizer.columns import Booleans, Columns, Floats, tabulate
 from optimizer.fleets import Setting, draw
-from optimizer.observation import CEILING, LADDER, Observation, Scale, costs_at, observe
+from optimizer.observation import AROUND, CEILING, LADDER, Observation, Scale, costs_at, observe
 from optimizer.plan import Plan
 from optimizer.problem import Problem
 from optimizer.validation import check
@@ -108,7 +108,9 @@ class FederatedRound(gymnasium.Env[Seen, Actions]):
         self.most_users, self.pairs = most_users, 2 * students + 1
         self.effort = effort or Effort(tolerance=2e-2, with_solver=False)
         costs = self.pairs * len(LADDER)
-        high_F = np.concatenate([np.full(costs, CEILING), np.full(4, _AROUND)]).astype(np.float32)
+        high_F = np.concatenate([np.full(costs, CEILING), np.full(AROUND, _AROUND)]).astype(
+            np.float32
+        )
         low_F = np.where(high_F > CEILING, -high_F, 0.0).astype(np.float32)
         self.observation_space = spaces.Box(
             np.tile(low_F, (most_users, 1)), np.tile(high_F, (most_users, 1)), dtype=np.float32

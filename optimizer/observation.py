@@ -20,6 +20,9 @@ from optimizer.plan import Prices
 CEILING = 2.0
 """Costs are cut off at so many spreads: beyond them a choice is only bad."""
 
+AROUND = 6
+"""How many figures describe the surroundings."""
+
 LADDER: tuple[tuple[float, float, float], ...] = (
     (0.08, 0.05, 0.85),
     *((uplink, server, late) for uplink in (0.03, 0.2) for server in (0.0, 0.12)
@@ -34,8 +37,9 @@ class Observation:
     """What is seen: costs in spreads from 0 to `CEILING`, which pairs are legal, the surroundings.
 
     The surroundings: logarithms of uplink units and of server units for each user, ten over the
-    number of users (at most 1: it says little of large fleets), and the logarithm of how late the
-    slow are (times of the ladder's last rung over its first).
+    number of users (at most 1: it says little of large fleets), the logarithm of how late the
+    slow are (times of the ladder's last rung over its first), and those of what would be asked
+    for at the middle rung's prices over what there is: uplink at the user's gateway, server.
     """
 
     costs_NPL: Floats
@@ -81,17 +85,14 @@ def scale_of(table: Columns) -> Scale:
     )
 
 
-def pair_costs(
-    table: Columns, scale: Scale, uplink_N: Floats, server: float, makespan_s: float
-) -> Floats:
-    """What each pair costs each user at prices, [N, P], in spreads; `CEILING` if not legal.
+def priced_columns(table: Columns, uplink_N: Floats, server: float, makespan_s: float) -> Floats:
+    """What each column costs each user at prices, [N, R], times the number of users.
 
-    It is the least over the pair's columns of cost + units at their prices + what it costs all
-    if the makespan has to wait for it: the cost of a lone deviation.
+    It is cost + units at their prices + what it costs all if the makespan has to wait for it: the
+    cost of a lone deviation.
 
     Args:
         table: The columns.
-        scale: The table's own.
         uplink_N: Price of an uplink unit at each user's gateway, times the number of users.
         server: Price of a server unit, times the number of users.
         makespan_s: The makespan of the others.
@@ -102,9 +103,14 @@ def pair_costs(
     v_NR = users * (table.cost_NR[:users] + table.time_price * late_NR)
     v_NR += uplink_N[:, None] * layout.uplink_R
     v_NR += server * layout.server_R
+    return np.asarray(v_NR, float)
+
+
+def pair_costs(table: Columns, scale: Scale, priced_NR: Floats) -> Floats:
+    """The cost of each pair's best column, [N, P], in spreads; `CEILING` if not legal."""
     starts, pairs = _pairs_with_columns(table)
-    least_NP = np.full((users, layout.pairs), np.inf)
-    least_NP[:, pairs] = np.minimum.reduceat(v_NR, starts, axis=1)
+    least_NP = np.full((table.users, table.layout.pairs), np.inf)
+    least_NP[:, pairs] = np.minimum.reduceat(priced_NR, starts, axis=1)
     return np.clip((least_NP - scale.base_N[:, None]) / scale.spread, 0.0, CEILING)
 
 
@@ -113,31 +119,27 @@ def costs_at(table: Columns, scale: Scale, prices: Prices) -> Floats:
     by_gateway = [prices.uplink[gateway.name] for gateway in table.problem.gateways]
     uplink_G = prices.users * np.array([*by_gateway, 0.0])
     uplink_N = uplink_G[table.gateway_N[: table.users]]
-    return pair_costs(table, scale, uplink_N, prices.users * prices.server, prices.makespan_s)
+    server = prices.users * prices.server
+    return pair_costs(table, scale, priced_columns(table, uplink_N, server, prices.makespan_s))
 
 
 def observe(table: Columns) -> tuple[Observation, Scale]:
     """Look at a round's table from all rungs of the ladder."""
-    scale, layout, users = scale_of(table), table.layout, table.users
-    allowed_NR = table.cost_NR[:users] < BIG
-    pairs = layout.pairs
+    scale, users, pairs = scale_of(table), table.users, table.layout.pairs
     fair_s = _fair_seconds(table, scale)
     times = {late: float(np.quantile(fair_s, late)) for _, _, late in LADDER}
-    costs_NPL = np.stack(
-        [
-            pair_costs(
-                table,
-                scale,
-                uplink * scale.spread / scale.units_per_user_N,
-                server * scale.spread / scale.server_per_user,
-                times[late],
-            )
-            for uplink, server, late in LADDER
-        ],
-        axis=2,
-    ) if users else np.zeros((0, pairs, len(LADDER)))  # fmt: skip
+    costs_NPL = np.zeros((users, pairs, len(LADDER)))
+    asked_N2 = np.zeros((users, 2))
+    for place, (uplink, server, late) in enumerate(LADDER if users else ()):
+        uplink_N = uplink * scale.spread / scale.units_per_user_N
+        server_price = server * scale.spread / scale.server_per_user
+        priced_NR = priced_columns(table, uplink_N, server_price, times[late])
+        costs_NPL[:, :, place] = pair_costs(table, scale, priced_NR)
+        if place == 0:
+            asked_N2 = _asked_for(table, scale, priced_NR.argmin(axis=1))
     starts, with_columns = _pairs_with_columns(table)
     legal_NP = np.zeros((users, pairs), bool)
+    allowed_NR = table.cost_NR[:users] < BIG
     legal_NP[:, with_columns] = np.logical_or.reduceat(allowed_NR, starts, axis=1)
     slow = max(times.values()) / max(min(times.values()), 1e-9)
     around_NC = np.stack(
@@ -146,10 +148,22 @@ def observe(table: Columns) -> tuple[Observation, Scale]:
             np.full(users, np.log(scale.server_per_user)),
             np.full(users, 10.0 / max(10, users)),
             np.full(users, np.log(max(slow, 1.0))),
+            *asked_N2.T,
         ],
         axis=1,
     )
     return Observation(costs_NPL, around_NC, legal_NP), scale
+
+
+def _asked_for(table: Columns, scale: Scale, column_N: Integers) -> Floats:
+    """Logarithms of uplink (at the user's gateway) and server asked for, over what there is."""
+    layout, gateway_N = table.layout, table.gateway_N[: table.users]
+    uplink_G = np.bincount(gateway_N, layout.uplink_R[column_N], minlength=len(table.capacity_G))
+    users_G = np.bincount(gateway_N, minlength=len(table.capacity_G))
+    uplink_N = (uplink_G / np.maximum(1, users_G))[gateway_N] / scale.units_per_user_N
+    server = float(layout.server_R[column_N].mean()) / scale.server_per_user
+    asked_N2 = np.stack([uplink_N, np.full(table.users, server)], axis=1)
+    return np.asarray(np.log(np.clip(asked_N2, 0.1, 10.0)), float)
 
 
 def _pairs_with_columns(table: Columns) -> tuple[Integers, Integers]:

@@ -19,7 +19,7 @@ from optimizer.allocation import Shortlist
 from optimizer.columns import Booleans, Columns, Floats, Integers
 from optimizer.observation import CEILING, LADDER, Observation, observe
 
-_CENTRE_C = np.array([0.7, -0.5, 0.3, 0.8])
+_CENTRE_C = np.array([0.7, -0.5, 0.3, 0.8, 0.0, 0.0])
 """Surroundings are counted from about here, so that the linear features are little correlated."""
 
 _RIDGE = 1e-3
@@ -172,9 +172,10 @@ def _check_pairs(pairs: int, seen: Observation) -> None:
 class QPlanner:
     """Keeps the `shortlist` pairs of each user that Q finds cheapest; the allocator does the rest.
 
-    With `keeps_safe` each user's cheapest-to-serve legal pair stays too, whatever Q says: the
-    smallest student on the device, and where none is legal there, the least work at the server.
-    Otherwise one wrong place in a crowded server costs a user its part in the round.
+    With `keeps_safe` each user's cheapest-to-serve legal pair stays whatever Q says, and the
+    shortlist is of the others: the smallest student on the device, and where none is legal
+    there, the least work at the server. Otherwise one wrong place in a crowded server costs a
+    user its part in the round.
     """
 
     values: Values
@@ -188,10 +189,13 @@ class QPlanner:
     def choose(self, table: Columns) -> Shortlist:
         """The pairs that stay."""
         seen, _ = observe(table)
-        keep_NP = cheapest_pairs(self.values.costs(seen), seen.legal_NP, self.shortlist)
-        if self.keeps_safe:
-            keep_NP |= safe_pairs(table, seen.legal_NP)
-        return Shortlist(keep_NP)
+        costs_NP = self.values.costs(seen)
+        if not self.keeps_safe:
+            return Shortlist(cheapest_pairs(costs_NP, seen.legal_NP, self.shortlist))
+        safe_NP = safe_pairs(table, seen.legal_NP)
+        return Shortlist(
+            safe_NP | cheapest_pairs(costs_NP, seen.legal_NP & ~safe_NP, self.shortlist)
+        )
 
 
 def cheapest_pairs(costs_NP: Floats, legal_NP: Booleans, count: int) -> Booleans:

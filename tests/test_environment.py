@@ -16,7 +16,7 @@ from optimizer.environment import (
     register_environments,
 )
 from optimizer.fleets import Setting, draw
-from optimizer.observation import costs_at, observe, pair_costs, scale_of
+from optimizer.observation import costs_at, observe, pair_costs, priced_columns, scale_of
 from optimizer.problem import Weights
 
 SMALL = DrawnFleets(users=(3, 8))
@@ -107,7 +107,7 @@ def test_vector_environments_begin_anew_by_the_next_step():
     _, rewards, _, _, _ = many.step(many.action_space.sample())
 
     assert many.metadata["autoreset_mode"] is gymnasium.vector.AutoresetMode.NEXT_STEP
-    assert seen.shape == (2, 8, 85)
+    assert seen.shape == (2, 8, 87)
     assert info["action_mask"].shape == (2, 8, 9)
     assert (rewards < 0).all()
 
@@ -147,10 +147,11 @@ def test_dear_uplink_makes_nothing_cheaper():
     """No pair's cost falls when uplink or server rises in price, or the makespan is cut."""
     table = tabulate(draw(Setting(users=10), np.random.default_rng(8)))
     scale, free_N = scale_of(table), np.zeros(10)
-    base_NP = pair_costs(table, scale, free_N, 0.0, 10.0)
+    base_NP = pair_costs(table, scale, priced_columns(table, free_N, 0.0, 10.0))
 
     for uplink, server, makespan_s in ((0.1, 0.0, 10.0), (0.0, 0.3, 10.0), (0.0, 0.0, 5.0)):
-        dearer_NP = pair_costs(table, scale, free_N + uplink, server, makespan_s)
+        priced_NR = priced_columns(table, free_N + uplink, server, makespan_s)
+        dearer_NP = pair_costs(table, scale, priced_NR)
         assert (dearer_NP >= base_NP - 1e-12).all()
         assert (dearer_NP > base_NP).any()
 

@@ -140,7 +140,7 @@ def test_least_squares_is_least_squares():
         rows = []
         for each in seen:
             costs = np.hstack([each.costs_NPL[:, pair], np.ones((12, 1))])
-            around = np.hstack([np.ones((12, 1)), each.around_NC - [0.7, -0.5, 0.3, 0.8]])
+            around = np.hstack([np.ones((12, 1)), each.around_NC - [0.7, -0.5, 0.3, 0.8, 0.0, 0.0]])
             rows.append((around[:, :, None] * costs[:, None, :]).reshape(12, -1))
         x, y = np.vstack(rows), np.concatenate([each[:, pair] for each in targets])
         w = np.concatenate([each[:, pair] for each in weights])
@@ -227,7 +227,7 @@ def test_what_is_no_learned_q_is_refused(tmp_path):
     save_values(LinearValues.blank(9), STUDENTS, path)
     with pytest.raises(StoreError, match="resnet56"):
         load_values(path, STUDENTS[:3])
-    bad = dataclasses.replace(LinearValues.blank(9), weights_PF=np.full((9, 50), np.nan))
+    bad = dataclasses.replace(LinearValues.blank(9), weights_PF=np.full((9, 70), np.nan))
     save_values(bad, STUDENTS, path)
     with pytest.raises(StoreError, match="not finite"):
         load_values(path, STUDENTS)
