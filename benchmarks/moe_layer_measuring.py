@@ -195,13 +195,13 @@ def _roofline_s(shape: ExpertShape, counts: Sequence[int], seconds: dict[str, fl
 
 
 def _interleaved(calls: Mapping[str, Callable[[], object]], budget_s: float) -> dict[str, float]:
-    """The least CPU time of each, all in turn; the slow ones stand back after three rounds."""
+    """The least CPU time of each, all in turn; the slow ones stand back after two rounds."""
     least: dict[str, float] = {}
     began = time.thread_time()
     rounds = 0
     while rounds < 4 or time.thread_time() - began < budget_s:
         for name, call in calls.items():
-            if rounds >= 3 and least[name] > _SLOW_S:
+            if rounds >= 2 and least[name] > _SLOW_S:
                 continue
             before = time.thread_time()
             call()

@@ -66,10 +66,10 @@ def inputs(tokens: int, width: int = 32, seed: int = 1) -> Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     tokens=st.integers(0, 70),
-    n_experts=st.integers(1, 12),
+    n_experts=st.integers(1, 8),
     top_k=st.integers(1, 4),
     activation=st.sampled_from(ACTIVATIONS),
     is_normalised=st.booleans(),
@@ -184,6 +184,21 @@ def test_eight_bits_serve_no_tokens_and_silent_ones(name: str) -> None:
 
     assert layer(torch.zeros(0, 32)).shape == (0, 32)
     assert torch.equal(layer(torch.zeros(3, 32)), torch.zeros(3, 32))
+
+
+@pytest.mark.parametrize("name", [*EXACT, *EIGHT_BIT])
+def test_half_precision_weights_are_served_by_every_kernel(name: str) -> None:
+    """A layer in bfloat16 gets answers in bfloat16, close to its own in float32."""
+    layer = new_layer(width=64)
+    x_TD = inputs(30, width=64)
+    exact = layer(x_TD).detach()
+    layer.bfloat16()
+
+    serve_resident([layer], kernel_named(name))
+
+    answer = layer(x_TD.bfloat16())
+    assert answer.dtype == torch.bfloat16
+    assert (answer.float() - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

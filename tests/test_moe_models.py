@@ -1,5 +1,7 @@
 """The model families: rows of many sequences give what whole sequences give."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -31,15 +33,16 @@ CLASSIFIER = ClassifierConfig(
 )  # fmt: skip
 
 
-def new_lm(*, is_served: bool = True) -> DecoderLM:
+@cache
+def served_lm() -> DecoderLM:
     torch.manual_seed(5)
     model = DecoderLM(LM).eval()
-    if is_served:
-        serve_resident(model.moe_layers(), best_kernel())
+    serve_resident(model.moe_layers(), best_kernel())
     return model
 
 
-def new_translator() -> EncoderDecoder:
+@cache
+def served_translator() -> EncoderDecoder:
     torch.manual_seed(5)
     model = EncoderDecoder(TRANSLATION).eval()
     serve_resident(model.moe_layers(), best_kernel())
@@ -59,12 +62,12 @@ def token_rows(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randint(2, 50, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_any_schedule_of_steps_gives_the_whole_sequences(seed: int) -> None:
     """However prompts and single tokens of many sequences are mixed, logits are the forward's."""
     rng = np.random.default_rng(seed)
-    model = new_lm()
+    model = served_lm()
     lengths = rng.integers(1, 21, size=rng.integers(1, 5)).tolist()
     slots = rng.permutation(5)[: len(lengths)].tolist()
     sequences = [token_rows((length,), seed) for seed, length in enumerate(lengths)]
@@ -91,7 +94,7 @@ def test_any_schedule_of_steps_gives_the_whole_sequences(seed: int) -> None:
 
 def test_a_sequence_does_not_depend_on_its_batch_mates() -> None:
     """A sequence decoded among others gets the logits it gets alone."""
-    model = new_lm()
+    model = served_lm()
     mine, others = token_rows((12,)), token_rows((4, 12), seed=1)
     alone, crowded = model.new_cache(1), model.new_cache(6)
     model.step(*rows([(mine[:6], 0, 0)]), alone)
@@ -107,7 +110,7 @@ def test_a_sequence_does_not_depend_on_its_batch_mates() -> None:
 
 def test_a_slot_may_be_used_again() -> None:
     """A new sequence in a used slot gets what it gets in a fresh cache."""
-    model = new_lm()
+    model = served_lm()
     cache = model.new_cache(1)
     model.step(*rows([(token_rows((20,)), 0, 0)]), cache)
     second = token_rows((7,), seed=9)
@@ -119,7 +122,7 @@ def test_a_slot_may_be_used_again() -> None:
 
 def test_only_wanted_rows_get_logits() -> None:
     """`wanted` picks rows before the head: the same logits, fewer of them."""
-    model = new_lm()
+    model = served_lm()
     tokens = token_rows((9,))
     everything = model.step(*rows([(tokens, 0, 0)]), model.new_cache(1))
 
@@ -143,13 +146,13 @@ def test_only_wanted_rows_get_logits() -> None:
 )  # fmt: skip
 def test_rows_without_a_place_are_refused(parts: list[tuple[Tensor, int, int]], said: str) -> None:
     """Slots and positions beyond the cache, and rows out of order, are a `DataError`."""
-    model = new_lm()
+    model = served_lm()
 
     with pytest.raises(DataError, match=said):
         model.step(*rows(parts), model.new_cache(3, 10))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 14), st.integers(2, 12)), min_size=1, max_size=4),
     prompt=st.integers(1, 5),
@@ -158,7 +161,7 @@ def test_translations_side_by_side_equal_the_padded_batch(
     lengths: list[tuple[int, int]], prompt: int
 ) -> None:
     """Sources read together and targets written in steps give the padded forward's logits."""
-    model = new_translator()
+    model = served_translator()
     sources = [token_rows((n,), seed) for seed, (n, _) in enumerate(lengths)]
     targets = [token_rows((n,), 50 + seed) for seed, (_, n) in enumerate(lengths)]
     cache = model.new_cache(len(lengths) + 1)
@@ -188,7 +191,7 @@ def test_translations_side_by_side_equal_the_padded_batch(
 
 def test_a_source_must_begin_at_its_beginning() -> None:
     """A part of a source cannot be read by itself: every row sees the whole."""
-    model = new_translator()
+    model = served_translator()
 
     with pytest.raises(DataError, match="begins at 3, not at 0"):
         model.encode(*rows([(token_rows((4,)), 3, 0)]), model.new_cache(1))
@@ -242,7 +245,7 @@ def test_a_cache_says_what_it_takes() -> None:
     cache = KVCache(3, n_slots=2, n_heads=4, max_length=10, d_head=8)
 
     assert cache.size_bytes == 3 * 2 * (2 * 4 * 10 * 8) * 4
-    assert new_lm().new_cache(2).size_bytes == 2 * 2 * (2 * 2 * 40 * 8) * 4
+    assert served_lm().new_cache(2).size_bytes == 2 * 2 * (2 * 2 * 40 * 8) * 4
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ class Int8Expert:
 
     def __call__(self, x_MD: Tensor) -> Tensor:
         """Two integer products; what is between them is float32."""
+        dtype, x_MD = x_MD.dtype, x_MD.float()
         scale_M1 = x_MD.abs().amax(dim=1, keepdim=True).clamp_min_(_TINY)
         rows = (x_MD / scale_M1, *_signed(self.levels_in))
         if self.activation == "relu":
@@ -46,11 +47,11 @@ class Int8Expert:
             )
             top_M1 = h_MF.amax(dim=1, keepdim=True).clamp_min_(_TINY)
             y_MD = _product(h_MF.div_(top_M1), 1 / self.levels_out, 0, self.w_out)
-            return y_MD.mul_(scale_M1.mul_(top_M1))
+            return y_MD.mul_(scale_M1.mul_(top_M1)).to(dtype)
         h_MF = activate(_product(*rows, self.w_in).mul_(scale_M1), self.activation)
         top_M1 = h_MF.abs().amax(dim=1, keepdim=True).clamp_min_(_TINY)
         y_MD = _product(h_MF.div_(top_M1), *_signed(self.levels_out), self.w_out)
-        return y_MD.mul_(top_M1)
+        return y_MD.mul_(top_M1).to(dtype)
 
 
 def pack_int8(weights: ExpertWeights, activation: Activation) -> Int8Expert:

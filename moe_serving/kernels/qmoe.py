@@ -35,11 +35,11 @@ class QMoELayer:
         """Lay the weights of the plan out by token and expert, and run the session."""
         n_experts = plan.counts_E.shape[0]
         expert_N = torch.arange(n_experts).repeat_interleave(plan.counts_E)
-        weight_TE = x_TD.new_zeros(x_TD.shape[0], n_experts)
+        weight_TE = torch.zeros(x_TD.shape[0], n_experts)
         weight_TE[plan.token_N, expert_N] = plan.weight_N
-        fed = {"x": x_TD.detach().numpy(), "weights": weight_TE.numpy()}
+        fed = {"x": x_TD.detach().float().numpy(), "weights": weight_TE.numpy()}
         (y_TD,) = self.session.run(None, fed)
-        return torch.from_numpy(y_TD)
+        return torch.from_numpy(y_TD).to(x_TD.dtype)
 
 
 def pack_qmoe(grouped: GroupedExperts, top_k: int) -> QMoELayer:

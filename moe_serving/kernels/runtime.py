@@ -28,8 +28,8 @@ class SessionExpert:
 
     def __call__(self, x_MD: Tensor) -> Tensor:
         """Run the session on the rows as they lie in memory."""
-        (y_MD,) = self.session.run(["y"], {"x": x_MD.numpy()})
-        return torch.from_numpy(y_MD)
+        (y_MD,) = self.session.run(["y"], {"x": x_MD.float().numpy()})
+        return torch.from_numpy(y_MD).to(x_MD.dtype)
 
 
 def pack_runtime(weights: ExpertWeights, activation: Activation) -> SessionExpert:
