@@ -193,7 +193,12 @@ class Host:
                 place.coming = 0
             place.failures.pop(hosted.version, None)
             with self._lock:
-                place.hosted = hosted
+                is_late = self._is_draining
+                place.hosted = place.hosted if is_late else hosted
+            if is_late:
+                hosted.engine.close()
+                hosted.loaded.close()
+                raise RefusedError("draining", "the server is about to stop")
         _log.info("model serves model=%s version=%d", name, hosted.version)
         if before is not None:
             self._retire(before)
@@ -238,7 +243,8 @@ class Host:
 
     def drain(self, grace_s: float) -> int:
         """Accept nothing more, finish what was accepted, end all; how many did not finish."""
-        self._is_draining = True
+        with self._lock:
+            self._is_draining = True
         until = time.monotonic() + grace_s
         everyone = [*self.hosted(), *self._retiring]
         for hosted in everyone:

@@ -144,6 +144,9 @@ BAD = {
     "two": ("/v1/completions", {"model": "poet", "prompt": "a", "n": 2}, 422, "n:"),
     "other": ("/v1/completions", {"model": "poet", "prompt": "a", "best": 2}, 422, "best"),
     "late": ("/v1/completions", {"model": "poet", "prompt": "a", "deadline_s": 0}, 504, "deadline"),
+    "no time": (
+        "/v1/completions", b'{"model": "poet", "prompt": "a", "deadline_s": NaN}', 422, "finite",
+    ),
     "version": ("/v2/models/watch/versions/9/infer", {"inputs": [ZEROS]}, 404, "watch (9)"),
     "name": ("/v2/models/watch/infer", {"inputs": [ZEROS | {"name": "x"}]}, 422, "[0].name"),
     "shape": ("/v2/models/watch/infer", {"inputs": [ZEROS | {"shape": [1, 3, 32]}]}, 422, "shape"),

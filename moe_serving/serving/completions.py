@@ -21,6 +21,7 @@ from moe_serving.serving.waiting import Desk
 from moe_serving.tokens import Decoder, Tokenizer, decode, pieces
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class StreamOptions(BaseModel):
@@ -54,7 +55,7 @@ class CompletionRequest(BaseModel):
     user: str = ""
     n: Literal[1] = 1
     best_of: Literal[1] = 1
-    deadline_s: float | None = None
+    deadline_s: Seconds | None = None
 
 
 def router(desk: Desk, clock: Callable[[], float]) -> APIRouter:

@@ -23,6 +23,8 @@ from moe_serving.tokens import decode
 
 MAX_ITEMS = 4_000_000
 
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
+
 Parameters = TypeVar("Parameters", bound=BaseModel)
 
 
@@ -48,7 +50,7 @@ class GenerationParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    deadline_s: float | None = None
+    deadline_s: Seconds | None = None
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 64
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -62,7 +64,7 @@ class ClassificationParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    deadline_s: float | None = None
+    deadline_s: Seconds | None = None
 
 
 class InferenceRequest(BaseModel):

@@ -103,9 +103,10 @@ class MoeServer:
 
         Until then newer versions take over as they are published.
         """
-        pause_s = self._config.poll_s or None
-        while not self._stopping.wait(pause_s):
-            self.host.follow()
+        if self._config.poll_s:
+            # Beside this thread: a model that takes minutes to load must not delay the end.
+            threading.Thread(target=self._follow, name="follow", daemon=True).start()
+        self._stopping.wait()
         return self.close()
 
     def stop(self) -> None:
@@ -120,6 +121,13 @@ class MoeServer:
             self._gateway.close()
         self._end_http()
         return left
+
+    def _follow(self) -> None:
+        while not self._stopping.wait(self._config.poll_s):
+            try:
+                self.host.follow()
+            except Exception:  # the outermost loop: what serves must not depend on it
+                _log.exception("repository could not be followed")
 
     def _serve_http(self) -> None:
         self._http.run(sockets=[self._socket] if self._socket is not None else None)
