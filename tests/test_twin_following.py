@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from cloud.coordination import facts as f
 from cloud.record.registry import Registry
@@ -127,3 +128,66 @@ def test_what_a_device_reports_replaces_what_it_said(
     assert state["applied"] == {"version": 2, "results": {}}
     assert state["hardware"]["agent"] == "agent of d1"
     assert "surprise" not in state
+
+
+def test_the_past_is_cut_at_a_snapshot(store: Store, twins: TwinStore, registry: Registry) -> None:
+    """Every fiftieth shadow is kept whole; what is older than the retention goes, and says so."""
+    history = History()
+    history.born("d1", 1)
+    commit(store, history, registry)
+    twins.follow()
+    for number in range(120):
+        # Two years pass from the sixtieth wish to the next.
+        at = 2000.0 + number + (6e7 if number >= 60 else 0.0)
+        twins.edit("d1", [wish({"n": number}, at)], {})
+
+    kept = [change.revision for change in twins.changes("d1")]
+
+    assert kept == list(range(51, 122))
+    assert twins.as_it_was("d1", revision=75).desired.state == {"n": 73}
+    assert twins.as_it_was("d1", revision=50).desired.state == {"n": 48}
+    with pytest.raises(TwinError, match="cannot be told"):
+        twins.as_it_was("d1", revision=20)
+
+
+def test_a_round_that_repeats_itself_changes_no_shadow(
+    store: Store, twins: TwinStore, registry: Registry
+) -> None:
+    """What a device says again each round is young again, and fills no history."""
+    history = with_open_round(store, devices=("d1",))
+    trained(history, 1)
+    history.close_round(b"second", 9, 8)
+    history.open_round(["d1"], {})
+    commit(store, history, registry)
+    twins.follow()
+    first = twins.twin("d1")
+    trained(history, 2)
+    history.close_round(b"third", 9, 8)
+    commit(store, history, registry)
+    twins.follow()
+    second = twins.twin("d1")
+
+    assert second.shadow.revision == first.shadow.revision
+    leaf = "/training/samples"
+    assert second.shadow.reported.leaves[leaf].at > first.shadow.reported.leaves[leaf].at
+    said = twins.forecasts(device="d1")[-1]
+    assert said.forecast is not None
+    assert said.outcome == "received"
+    assert second.model.calibration.median_error < 0.2
+
+
+def test_an_entry_that_cannot_be_read_does_not_stop_the_rest(
+    store: Store, twins: TwinStore, registry: Registry
+) -> None:
+    """An event of another version is left out, and those after it are followed."""
+    history = History()
+    history.born("d1", 1)
+    commit(store, history, registry)
+    with store._engine.begin() as connection:
+        connection.execute(text("UPDATE events SET detail = '{}' WHERE kind = 'device-born'"))
+    history.born("d2", 1)
+    commit(store, history, registry)
+
+    assert twins.follow() == 2
+
+    assert [row.shadow.device for row in twins.twins()] == ["d2"]

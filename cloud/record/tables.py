@@ -60,7 +60,21 @@ class Document(TypeDecorator[Value], Generic[Value]):
         """The record in this text."""
         if value is None:
             return None
-        return msgspec.convert(json.loads(value), self.kind, dec_hook=_from_text, str_keys=True)
+        return msgspec.convert(json.loads(value), self.kind, dec_hook=_from_text)
+
+
+class Packed(Document[Value]):
+    """A record as JSON text that has neither NaN nor infinity: several times faster."""
+
+    cache_ok = True
+
+    def process_bind_param(self, value: Value | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """The text of a record."""
+        return None if value is None else msgspec.json.encode(value).decode()
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Value | None:  # noqa: ARG002
+        """The record in this text."""
+        return None if value is None else msgspec.json.decode(value, type=self.kind)
 
 
 SERIAL = BigInteger().with_variant(Integer, "sqlite")
@@ -292,8 +306,8 @@ class Twin(Base):
     revision: Mapped[int]
     desired_version: Mapped[int] = mapped_column(index=True)
     modified_at: Mapped[float]
-    shadow: Mapped[Shadow] = mapped_column(Document(Shadow))
-    model: Mapped[TwinModel] = mapped_column(Document(TwinModel))
+    shadow: Mapped[Shadow] = mapped_column(Packed(Shadow))
+    model: Mapped[TwinModel] = mapped_column(Packed(TwinModel))
 
 
 class TwinChange(Base):
@@ -304,7 +318,7 @@ class TwinChange(Base):
     device: Mapped[str] = mapped_column(ForeignKey("twins.device"), primary_key=True)
     revision: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     received_at: Mapped[float]
-    change: Mapped[Change] = mapped_column(Document(Change))
+    change: Mapped[Change] = mapped_column(Packed(Change))
 
 
 class TwinSnapshot(Base):
@@ -315,7 +329,7 @@ class TwinSnapshot(Base):
     device: Mapped[str] = mapped_column(ForeignKey("twins.device"), primary_key=True)
     revision: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     received_at: Mapped[float]
-    shadow: Mapped[Shadow] = mapped_column(Document(Shadow))
+    shadow: Mapped[Shadow] = mapped_column(Packed(Shadow))
 
 
 class TwinForecast(Base):
@@ -332,8 +346,8 @@ class TwinForecast(Base):
     device: Mapped[str] = mapped_column(primary_key=True)
     asked_at: Mapped[float]
     outcome: Mapped[str | None] = mapped_column(index=True)
-    trial: Mapped[Trial] = mapped_column(Document(Trial))
-    forecast: Mapped[Forecast | None] = mapped_column(Document(Forecast))
+    trial: Mapped[Trial] = mapped_column(Packed(Trial))
+    forecast: Mapped[Forecast | None] = mapped_column(Packed(Forecast))
 
 
 class TwinFollowing(Base):
@@ -343,4 +357,4 @@ class TwinFollowing(Base):
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     event: Mapped[int]
-    fleet: Mapped[TwinModel] = mapped_column(Document(TwinModel))
+    fleet: Mapped[TwinModel] = mapped_column(Packed(TwinModel))

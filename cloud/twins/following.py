@@ -248,10 +248,10 @@ def _accepted(fold: Fold, event: EventRow) -> None:
     is_late = event.detail["counts_in"] != event.round
     fold.end(key, "late" if is_late else "received", event.at)
     if fold.is_known(event.device):
-        training = {"samples": report.samples, "steps": report.steps, "seconds": report.seconds}
         plan = fold.desk.plan(event.run)
         family = family_of(plan, fold.shadows[event.device]) if plan is not None else ""
-        said = {"training": {**training, "family": family}}
+        # What it took differs each time: that is the model's matter, and no change of the shadow.
+        said = {"training": {"samples": report.samples, "steps": report.steps, "family": family}}
         fold.report(event, said, "measured", f"{event.run} round {event.round}")
 
 

@@ -28,7 +28,9 @@ class RecordDesk:
 
     def __init__(self, connection: Connection, events: Sequence[EventRow]) -> None:
         self._connection = connection
-        self._twins = twins_named(connection, _named(events), for_update=True)
+        self._twins: dict[str, tuple[Shadow, TwinModel]] = {}
+        self._looked_for: set[str] = set()
+        self._look_for(_named(events))
         self._plans: dict[str, RunPlan | None] = {}
         self._parts: dict[Key, Part] = {}
         for (run, number), devices in _by_round(events).items():
@@ -36,8 +38,7 @@ class RecordDesk:
 
     def twin(self, device: str) -> tuple[Shadow, TwinModel] | None:
         """The twin of a device, as it was before this page of the log."""
-        if device not in self._twins:
-            self._twins |= twins_named(self._connection, [device], for_update=True)
+        self._look_for([device])
         return self._twins.get(device)
 
     def plan(self, run: str) -> RunPlan | None:
@@ -63,9 +64,15 @@ class RecordDesk:
         """The parts of a round that were open before this page."""
         found = _open(self._connection, run, number, None)
         self._parts = found | self._parts
-        named = sorted({device for _, _, device in found} - self._twins.keys())
-        self._twins |= twins_named(self._connection, named, for_update=True)
+        self._look_for([device for _, _, device in found])
         return list(found)
+
+    def _look_for(self, devices: Sequence[str]) -> None:
+        """Read the twins of these devices, once, whether they have any or not."""
+        new = sorted(set(devices) - self._looked_for)
+        if new:
+            self._looked_for.update(new)
+            self._twins |= twins_named(self._connection, new, for_update=True)
 
 
 def row_of(
