@@ -8,6 +8,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks.claims import Claim, Options, claim, main
+from benchmarks.optimizer_q import measure as learned
 from optimizer import core
 from optimizer.allocation import Effort, Planner, allocate
 from optimizer.columns import Columns, tabulate
@@ -220,6 +221,7 @@ SECTIONS: tuple[Callable[[Options], list[Claim]], ...] = (
     whole_models,
     heavy_makespans,
     gaps,
+    learned,
 )
 
 
