@@ -61,9 +61,15 @@ class Admission:
         self.limits = limits
         self.pace = pace
         self._turned_away_until = 0.0
+        self._has_turned_away = False
 
-    def admit(self, ticket: Ticket, queue: FairQueue, now: float) -> None:
-        """Let a ticket wait.
+    def is_pressed(self, queue: FairQueue) -> bool:
+        """Whether more is asked than done: something waits, or was sent away since last asked."""
+        is_so, self._has_turned_away = bool(queue) or self._has_turned_away, False
+        return is_so
+
+    def admit(self, ticket: Ticket, queue: FairQueue, now: float, running: int = 0) -> None:
+        """Let a ticket wait; `running` is the tokens left to do of those that run.
 
         Raises:
             RefusedError: `over-share`, `busy`, or `expired` if the deadline has passed already.
@@ -82,18 +88,20 @@ class Admission:
                 retry_after_s=float(max(1, math.ceil((mine + ticket.cost - share) / rate))),
             )
         # An empty queue takes anything: what no bound would ever let in could never be served.
-        if not waiting:
-            return
-        if waiting + ticket.cost > bound or len(queue) >= self.limits.max_waiting:
+        is_full = waiting + ticket.cost > bound or len(queue) >= self.limits.max_waiting
+        if waiting and is_full:
             raise self._busy(ticket, f"{waiting} tokens are waiting, of at most {bound:.0f}", now)
-        likely_s = waiting / rate + steps_of(ticket.work) * self.pace.step_s
-        if now + likely_s > ticket.deadline:
+        # Those that run share the model: all that is ahead is done by the time this one is.
+        ahead = waiting + running
+        likely_s = max((ahead + ticket.cost) / rate, steps_of(ticket.work) * self.pace.step_s)
+        if ahead and now + likely_s > ticket.deadline:
             left_s = ticket.deadline - now
             reason = f"an answer would take {likely_s:.1f} s, and its deadline is in {left_s:.1f} s"
             raise self._busy(ticket, reason, now)
 
     def _busy(self, ticket: Ticket, reason: str, now: float) -> RefusedError:
         """Who is sent away is told to come one after the other, as if they stood in a line."""
+        self._has_turned_away = True
         rate = self.pace.tokens_per_s
         soonest, latest = now + 1.0, now + self.limits.deadline_s
         at = max(self._turned_away_until, soonest) + ticket.cost / rate

@@ -37,6 +37,10 @@ class Batcher(Protocol):
         """Those who joined and have not left."""
         ...
 
+    def left_tokens(self) -> int:
+        """What is still to do of those that run, at most."""
+        ...
+
     def patience_s(self, waiting: int, waited_s: float, left_s: float) -> float:
         """How long to wait for more before a step; 0: do not.
 
@@ -163,6 +167,10 @@ class Continuous:
     def running(self) -> Several[Ticket]:
         """Those who joined and have not left."""
         return list(self._sequences)
+
+    def left_tokens(self) -> int:
+        """Of prompts what is not read, of answers what is not made."""
+        return sum(s.prompt + s.work.max_tokens - s.read for s in self._sequences.values())
 
     def patience_s(self, waiting: int, waited_s: float, left_s: float) -> float:  # noqa: ARG002
         """Never: whoever comes next joins at the next step."""

@@ -54,6 +54,7 @@ class Engine:
         self._is_draining = False
         self._is_closed = False
         self._is_at_work = False
+        self._left_tokens = 0
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
 
     @property
@@ -87,7 +88,7 @@ class Engine:
         with self._bell:
             if self._is_draining:
                 raise RefusedError("draining", "the model is being put away", retry_after_s=1.0)
-            self._admission.admit(ticket, self._queue, self.clock())
+            self._admission.admit(ticket, self._queue, self.clock(), self._left_tokens)
             self._queue.put(ticket)
             self._bell.notify_all()
 
@@ -157,13 +158,14 @@ class Engine:
         with self._bell:
             late = self._queue.expire(begun)
             self._take_in()
-            is_pressed = bool(self._queue)
+            is_pressed = self._admission.is_pressed(self._queue)
         for ticket in late:
             self._settle(ticket, Ending("expired", reason="the deadline passed in the queue"))
         self._let_go(begun)
         if not self._batcher.running:
             return
         tokens, ended = self._batcher.step(begun)
+        self._left_tokens = self._batcher.left_tokens()
         now = self.clock()
         for ticket, ending in ended:
             self._settle(ticket, ending)
@@ -177,12 +179,13 @@ class Engine:
             self._batcher.join(ticket)
 
     def _let_go(self, now: float) -> None:
-        """Those whose client has gone, and those nobody waits for any more."""
+        """Those whose client has gone, and those that another step would bring too late."""
+        until = now + self._pace.step_s
         for ticket in self._batcher.running:
             if ticket.is_cancelled:
                 self._batcher.leave(ticket)
                 self._settle(ticket, Ending("cancelled", reason="the client has gone"))
-            elif ticket.deadline <= now:
+            elif ticket.deadline <= until:
                 self._batcher.leave(ticket)
                 self._settle(ticket, Ending("expired", reason="the deadline passed midway"))
 

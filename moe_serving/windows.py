@@ -58,6 +58,10 @@ class WindowBatches:
         """Those of the next batch."""
         return list(self._joined)
 
+    def left_tokens(self) -> int:
+        """The windows of the next batch."""
+        return self._held
+
     def patience_s(self, waiting: int, waited_s: float, left_s: float) -> float:
         """The rest of the wait, while the batch is not full and no deadline is near."""
         if waiting >= self._windows:

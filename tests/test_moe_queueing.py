@@ -170,6 +170,9 @@ def test_what_could_not_be_answered_in_time_is_refused_at_once() -> None:
     admission.admit(ticket("b", 50, deadline=6.0), queue, 0.0)
 
     assert refused.value.outcome == "busy"
+    with pytest.raises(RefusedError):
+        admission.admit(ticket("b", 10, deadline=6.0), FairQueue(), 0.0, running=6000)
+    admission.admit(ticket("b", 10, deadline=6.0), FairQueue(), 0.0, running=5000)
 
 
 def test_those_who_are_sent_away_are_not_told_to_come_back_together() -> None:
