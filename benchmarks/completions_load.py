@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle
 from urllib.parse import urlsplit
@@ -81,25 +81,30 @@ def _read(answer: bytes, seconds: float) -> Answered:
 
 
 async def closed_loop(
-    target: Target, clients: int, seconds: float, vocabulary: int, *, is_over: Callable[[], bool]
+    target: Target, clients: int, vocabulary: int, *, is_over: Callable[[], bool]
 ) -> list[Answered]:
     """Each client asks again when it was answered, after Retry-After where it was refused.
 
-    It ends after these seconds, or when `is_over`; who asked by then is waited for.
+    When `is_over` nobody asks again; who asked by then is waited for.
     """
-    until = time.monotonic() + seconds
     answers: list[Answered] = []
+    end = asyncio.Event()
 
     async def go_on(number: int) -> None:
         for body in bodies(target.model, number, vocabulary):
-            if time.monotonic() >= until or is_over():
-                return
             answered = await complete(target, body, f"c{number}")
             answers.append(answered)
-            pause_s = min(answered.retry_s, max(0.0, until - time.monotonic()))
-            await asyncio.sleep(pause_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(end.wait(), answered.retry_s)
+            if end.is_set():
+                return
 
-    await asyncio.gather(*(go_on(number) for number in range(clients)))
+    async def watch() -> None:
+        while not is_over():
+            await asyncio.sleep(0.1)
+        end.set()
+
+    await asyncio.gather(watch(), *(go_on(number) for number in range(clients)))
     return answers
 
 
