@@ -15,6 +15,7 @@ from cloud.record.store import Store
 from federation.errors import HeadwaterError
 from federation.learning.data import LocalData, load_folder
 from federation.learning.layers import model_part
+from federation.learning.methods import method_named
 from federation.protocol import codec
 from federation.protocol.messages import Release
 from federation.protocol.transfer import content_of
@@ -43,6 +44,8 @@ class Exported:
 def is_worth_releasing(plan: RunPlan, number: int, *, is_last: bool) -> bool:
     """Whether the plan wants this round's model exported: every so many rounds, and the last."""
     every = plan.release.every
+    if plan.mirror or method_named(plan.method.name).is_personal:
+        return False  # There is no one model of such a run.
     return every > 0 and (is_last or number % every == 0)
 
 

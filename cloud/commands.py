@@ -19,6 +19,7 @@ from cloud.config import HubConfig, RunPlan
 from cloud.explaining import explain
 from cloud.holder import find_holder
 from cloud.record.store import Store
+from cloud.teaching_command import teach
 from cloud.trainers.command import train
 from cloud.twins.command import twins
 from federation.config import read_config
@@ -65,6 +66,7 @@ def serve(
 
 app.command()(train)
 app.command()(twins)
+app.command()(teach)
 
 
 @app.command()

@@ -146,10 +146,20 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     selection: Literal["uniform", "forecast"] = "uniform"
     evaluation: Path | None = None
     seed: int = 0
+    mirror: bool = False
+    stand_in: bool = False
+    students: dict[str, ModelChoice] = {}
+    teaching: str = ""
+    at_twin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.name, "name")
         method = method_named(self.method.name)
+        if (self.students or self.teaching or self.at_twin) and not method.is_personal:
+            raise ConfigError(
+                f"students are taught, and {method.name} makes one model for all: "
+                "choose simkd or logit_kd, or leave them out"
+            )
         method.settings(self.method.params)
         if method.needs_delta and not self.uplink.delta:
             raise ConfigError(

@@ -37,7 +37,8 @@ def _rehearse(plan: RunPlan, model: bytes) -> None:
     blank = LocalData(np.zeros((1, *input_shape(plan.model)), np.float32), np.zeros(1, np.int64))
     local = msgspec.structs.replace(run.local_plan("nobody"), epochs=1, max_steps=1, batch_size=1)
     try:
-        train_locally(run.weights, blank, local)
+        if not plan.mirror:
+            train_locally(run.weights, blank, local)
     except TrainingError as error:
         raise ConfigError(f"no device could train by this plan: {error}") from error
     run.close_round()

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, TypeAlias
 
 from cloud.appraiser import Appraiser, Closed, Exported, last_model, unappraised
@@ -20,17 +20,21 @@ from cloud.config import HubConfig, RunPlan
 from cloud.coordination.coordinator import Coordinator
 from cloud.coordination.facts import HubFact, RoundClosed, RunEnded
 from cloud.initial import initial_model
+from cloud.mirrors import follow
 from cloud.record.registry import Registry
 from cloud.record.store import Store
+from cloud.standing_in import StandIns, StoodIn
 from cloud.twins.follower import Follower
 from cloud.twins.selecting import Choosing, Task
 from cloud.twins.store import TwinStore, wish_of
 from federation.errors import ConfigError, ProtocolError, StoreError
-from federation.protocol.effects import Effect, Link, Record, Send, WakeAt
+from federation.protocol.effects import Effect, Link, Record, Send, Train, WakeAt
 from federation.protocol.link import Arrived, MailboxConfig
 from federation.protocol.messages import AnyLetter, HubState, seal
 from federation.protocol.mqtt import Mailbox
 from federation.protocol.topics import Route, open_letter, parse, route
+from twin.agent import why_not
+from twin.mirror import MirrorStore
 
 POLL_S = 0.25
 """How often the hub looks for runs that operators ask for."""
@@ -57,7 +61,7 @@ class _Stop:
     pass
 
 
-_Event: TypeAlias = Arrived | Link | Exported | _Wished | _Stop
+_Event: TypeAlias = Arrived | Link | Exported | StoodIn | _Wished | _Stop
 
 
 class HubRunner:
@@ -80,6 +84,8 @@ class HubRunner:
         self._rng = rng
         self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._registry = Registry(config.folder)
+        self._mirrors = MirrorStore(config.folder / "mirrors")
+        self._stand_ins = StandIns(self._mirrors, self._inbox.put)
         self._store = Store(config.database_url)
         self.twins = TwinStore(config.database_url)
         self._follower = Follower(self.twins)
@@ -112,6 +118,7 @@ class HubRunner:
         finally:
             self._hang_up(self._sealed(HubState(online=False)))
             self._appraiser.close()
+            self._stand_ins.close()
             self._follower.close()
             self.twins.close()
             self._store.close()
@@ -144,7 +151,10 @@ class HubRunner:
         memory = self._store.restore(self._registry)
         memory.wishes = self.twins.wishes()
         self._coordinator = Coordinator(
-            memory, select=self._select, read_content=self._read_content
+            memory,
+            select=self._select,
+            read_content=self._read_content,
+            may_stand_in=partial(why_not, self._mirrors),
         )
         self._wake_at = self._poll_at = self._tend_at = self._clock()
         self._catch_up()
@@ -212,6 +222,8 @@ class HubRunner:
                     event.reason,
                 )
                 return self._coordinator.on_link(event, now)
+            case StoodIn(trained):
+                return self._coordinator.on_stood_in(trained, now)
             case Exported():
                 return self._coordinator.on_released(event.release, event.onnx, now)
             case _Wished(device):
@@ -256,8 +268,8 @@ class HubRunner:
 
     def _open_run(self, plan: RunPlan, now: float) -> list[Effect[HubFact]]:
         try:
-            model = initial_model(plan)
-        except ConfigError as error:
+            model = self._registry.read(plan.teaching) if plan.teaching else initial_model(plan)
+        except (ConfigError, StoreError) as error:
             # It was asked for by somebody who did not check; the other runs shall not suffer.
             _log.error("run cannot begin run=%s: %s", plan.name, error)
             return [Record(_never_begun(plan.name, "failed", str(error), now))]
@@ -269,6 +281,7 @@ class HubRunner:
     def _perform(self, effects: list[Effect[HubFact]], arrived: list[Arrived]) -> None:
         facts = [effect.fact for effect in effects if isinstance(effect, Record)]
         if facts:
+            follow(self._mirrors, facts)
             self._store.record(facts, self._registry)
         for effect in effects:
             match effect:
@@ -276,6 +289,8 @@ class HubRunner:
                     self._mailbox.publish(*self._sealed(letter, device))
                 case WakeAt(at):
                     self._wake_at = at
+                case Train():
+                    self._stand_ins.train(effect)
                 case _:
                     pass
         for letter_in in arrived:

@@ -265,4 +265,5 @@ def _capability(config: AgentConfig) -> m.Capability:
         level=config.training.level,
         trains=config.data is not None,
         infers=config.infers,
+        mirrors=config.twin.mirror and config.data is not None,
     )

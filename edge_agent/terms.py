@@ -12,6 +12,7 @@ from edge_agent.facts import AgentFact, WishKept
 from federation.errors import TransferError
 from federation.protocol.effects import Effect, Record, Send
 from federation.protocol.messages import Assignment, Capability
+from federation.protocol.mirror import MIRROR
 from federation.protocol.transfer import check_content
 from federation.protocol.wishes import (
     APPLIED,
@@ -65,6 +66,8 @@ class Terms:
         """Why this device cannot take an assignment, or may not; empty where it can."""
         if not self.capability.trains:
             return "this device does not train, it only infers"
+        if letter.plan.method == MIRROR and not self.capability.mirrors:
+            return "the owner of this device does not let its data be mirrored"
         if not (math.isfinite(letter.deadline_s) and letter.deadline_s >= 0.0):
             return f"the deadline is in {letter.deadline_s} s; expected seconds from 0 on"
         try:

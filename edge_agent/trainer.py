@@ -39,6 +39,7 @@ from federation.errors import CodecError, HeadwaterError, StoreError
 from federation.learning.checkpoint import Checkpoint
 from federation.learning.data import LocalData, load_entry, load_folder
 from federation.learning.fulfilment import answer, training_part
+from federation.learning.mirroring import mirrored
 from federation.learning.training import (
     UNWATCHED,
     StoppedError,
@@ -48,6 +49,7 @@ from federation.learning.training import (
 from federation.protocol.codec import decode, digest_of
 from federation.protocol.effects import Mixed, Trained
 from federation.protocol.messages import Assignment
+from federation.protocol.mirror import MIRROR
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +143,8 @@ def _train(
     supervision: Supervision,
     resume: Checkpoint | None,
 ) -> Trained:
+    if assignment.plan.method == MIRROR:
+        return mirrored(assignment.attempt, data)
     plan, weights = assignment.plan, decode(base)
     kept = decode(memory) if memory else {}
     samples = training_part(data, plan)

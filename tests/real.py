@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from cloud.initial import initial_model
 from cloud.record.queries import RunStatus
 from cloud.record.registry import Registry
 from cloud.record.store import Store
-from edge_agent.config import AgentConfig, DataConfig, TrainingConfig
+from edge_agent.config import AgentConfig, DataConfig, TrainingConfig, TwinConfig
 from edge_agent.trainer import fulfil
 from federation.datasets.cached import load
 from federation.learning.data import LocalData
@@ -136,6 +136,7 @@ def real_fleet(
     latencies_s: Mapping[str, float] | None = None,
     infers: bool = False,
     levels: Mapping[str, int] = NO_LEVELS,
+    mirrors: Collection[str] = (),
 ) -> Iterator[RealFleet]:
     """A fleet of processes over a broker of this kind; a link of its own for each latency."""
     port = free_port()
@@ -159,6 +160,7 @@ def real_fleet(
                 infers=infers,
                 data=DataConfig(folder=home / "data"),
                 training=TrainingConfig(checkpoint_s=0.05, level=levels.get(name, 0)),
+                twin=TwinConfig(mirror=name in mirrors),
             )
             agents[name] = agent_process(config, home, verbose=True)
         hub = hub_process(hub_config, folder, verbose=True)

@@ -9,12 +9,13 @@ import pytest
 from edge_agent.trainer import fulfil
 from federation.errors import CodecError, DataError, StoreError
 from federation.learning.data import LocalData
+from federation.learning.mirroring import pack_mirror, unpack_mirror
 from federation.learning.models import initial_weights
 from federation.learning.samples import sample_digest
 from federation.protocol.codec import decode, encode
 from federation.protocol.messages import Assignment, Content, LocalPlan, ModelSpec, Uplink
 from twin.agent import DigitalAgents, why_not
-from twin.mirror import MirrorStore, pack_mirror, unpack_mirror
+from twin.mirror import MirrorStore
 from twin.students import base_for, enrol
 from twin.teacher import Phase, Schooling, train_teacher
 

@@ -175,12 +175,17 @@ def test_too_few_answers_are_refused() -> None:
 
 
 def test_a_teacher_of_another_width_is_refused() -> None:
-    """A student whose classifier takes other features than the teacher has is told what to do."""
-    task = taught_task("d1", "simkd")
-    wide = {**task.weights, "taught/features": np.zeros((30, 13), np.float32)}
+    """A student of other classes or features than its teacher's is told so, alone or not."""
+    for method, what in (("simkd", "features"), ("logit_kd", "logits")):
+        task = taught_task("d1", method)
+        for shape in ((30, 13), (30,), (30, 13, 2)):
+            other = {**task.weights, f"taught/{what}": np.zeros(shape, np.float32)}
 
-    with pytest.raises(TrainingError, match="projected = 13"):
-        train_locally(wide, task.data, task.plan)
+            [found] = train_cohort([Task(other, task.data, task.plan)], accelerator="cpu")
+
+            assert isinstance(found, TrainingError)
+            with pytest.raises(TrainingError, match="the teacher has"):
+                train_locally(other, task.data, task.plan)
 
 
 @pytest.mark.parametrize("method", ["simkd", "logit_kd"])

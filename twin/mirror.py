@@ -17,18 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import numpy as np
 
 from federation.errors import CodecError, DataError, StoreError
-from federation.learning.data import LocalData, as_local_data
+from federation.learning.data import LocalData
+from federation.learning.mirroring import unpack_mirror
 from federation.learning.samples import sample_digest
-from federation.protocol.codec import Weights, decode, encode
-
-X, Y = "mirror/x", "mirror/y"
-"""The tensors of a mirror: the samples, and their labels as numbers."""
-
-MOST_BYTES = 64 << 20
-"""The most one device may mirror, unless the store is told otherwise."""
+from federation.protocol.mirror import MOST_BYTES
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,30 +35,6 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     samples: int = 0
     size_bytes: int = 0
     before: str = ""
-
-
-def pack_mirror(data: LocalData) -> bytes:
-    """The bytes in which a device's samples travel to its twin.
-
-    Raises:
-        DataError: labels that no float32 tells apart.
-    """
-    if data.samples and data.y.max() >= 1 << 24:
-        raise DataError(f"label {data.y.max()} is too large to mirror: number classes from 0")
-    return encode({X: data.x, Y: data.y.astype(np.float32)})
-
-
-def unpack_mirror(payload: bytes) -> LocalData:
-    """The samples in these bytes, checked: they may come from anybody.
-
-    Raises:
-        CodecError: no tensors.
-        DataError: other tensors than samples and their labels, or values that are none.
-    """
-    tensors: Weights = decode(payload)
-    if tensors.keys() != {X, Y}:
-        raise DataError(f"a mirror has tensors {sorted(tensors)}; expected {X} and {Y}: refuse it")
-    return as_local_data(tensors[X], tensors[Y], "the mirror")
 
 
 class MirrorStore:

@@ -22,6 +22,7 @@ from cloud.coordination.fleet import Fleet
 from cloud.coordination.outbox import Outbox
 from cloud.coordination.rounds import OPEN, Attempt, Status, Wait
 from cloud.coordination.run import ActiveRun, attempt_id, parse_attempt
+from cloud.coordination.standing_in import LABEL, StandingIn
 from federation.protocol import messages as m
 from federation.protocol.effects import Link
 from optimizer.selection import Selection, Selector
@@ -47,12 +48,19 @@ class Conductor:
     """Conducts the rounds of `run`; there is one active run at a time, or none."""
 
     def __init__(
-        self, run: ActiveRun | None, *, fleet: Fleet, select: Selector, outbox: Outbox
+        self,
+        run: ActiveRun | None,
+        *,
+        fleet: Fleet,
+        select: Selector,
+        outbox: Outbox,
+        standing_in: StandingIn,
     ) -> None:
         self.run = run
         self._fleet = fleet
         self._select = select
         self._outbox = outbox
+        self._standing_in = standing_in
         self._waits_for: tuple[str, int, str] = ("", 0, "")
         self._told, self._told_at = "", 0.0
         self._resend_at = float("inf")
@@ -70,6 +78,9 @@ class Conductor:
                 elif not self._open_round(run, now) and self.run is run:
                     return self._wait_for_devices(run, now)
                 continue
+            for entry, task in self._standing_in.due(run, now):
+                self.mark(entry.attempt, "training", LABEL, now)
+                self._outbox.train(task)
             outcome = run.round.outcome(now)
             if outcome == "wait":
                 describe = partial(run.round.wait, progress=self._fleet.progress)
@@ -123,6 +134,7 @@ class Conductor:
         )
         self._resend_at = float("inf")
         self._changes.clear()
+        self._standing_in.forget()
         for entry in opened.attempts.values():
             self.assign(entry, now)
         return True

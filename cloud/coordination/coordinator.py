@@ -26,9 +26,10 @@ from cloud.coordination.fleet import Fleet
 from cloud.coordination.intake import Intake
 from cloud.coordination.outbox import Outbox
 from cloud.coordination.run import CHUNK_BYTES, ActiveRun
+from cloud.coordination.standing_in import MayStandIn, StandingIn, nobody_may
 from federation.errors import ProtocolError, TwinError
 from federation.protocol import messages as m
-from federation.protocol.effects import Effect, Link
+from federation.protocol.effects import Effect, Link, Trained
 from federation.protocol.transfer import LARGEST_CHUNK_BYTES, content_of, cut
 from federation.protocol.wishes import DesiredState, ReportedState
 from optimizer.selection import Selector
@@ -60,18 +61,23 @@ class Coordinator:
         select: Selector,
         read_content: Callable[[str], bytes | None],
         shares_memory: bool = False,
+        may_stand_in: MayStandIn = nobody_may,
     ) -> None:
         self.fleet = Fleet(memory.devices)
         self._outbox = Outbox()
         self._shares_memory = shares_memory
         run = ActiveRun(memory.run, shares_memory=shares_memory) if memory.run else None
-        self._conductor = Conductor(run, fleet=self.fleet, select=select, outbox=self._outbox)
+        standing_in = StandingIn(may_stand_in)
+        self._conductor = Conductor(
+            run, fleet=self.fleet, select=select, outbox=self._outbox, standing_in=standing_in
+        )
         self._intake = Intake(
             memory,
             fleet=self.fleet,
             conductor=self._conductor,
             outbox=self._outbox,
             shares_memory=shares_memory,
+            standing_in=standing_in,
         )
         self._releases = dict(memory.releases)
         self.wishes = dict(memory.wishes)
@@ -167,6 +173,11 @@ class Coordinator:
             self._outbox.say(wish, device)
         return self._finish(now)
 
+    def on_stood_in(self, trained: Trained, now: float) -> Effects:
+        """A digital agent is done: its update counts as its device's would, or it says why not."""
+        self._intake.on_stood_in(trained, now)
+        return self._finish(now)
+
     def on_unreadable(self, device: str, error: ProtocolError, now: float) -> Effects:
         """A letter on this device's branch could not even be read: record that, go on."""
         self._outbox.refuse(device, str(error), now)
@@ -175,9 +186,14 @@ class Coordinator:
     # Devices come and go, and fetch models ------------------------------------------------
 
     def _on_birth(self, device: str, epoch: int, birth: m.Birth, now: float) -> None:
+        changed = device in self.fleet and self.fleet.mirrors(device) != birth.capability.mirrors
         self.fleet.born(device, epoch, birth)
         fact = DeviceBorn(device=device, epoch=epoch, capability=birth.capability, at=now)
-        self._outbox.note_of(device, fact, now)
+        if changed:
+            # That an owner allows the mirror no more is obeyed however often the device is born.
+            self._outbox.note(fact)
+        else:
+            self._outbox.note_of(device, fact, now)
         mine = self._conductor.open_attempts(device)
         listed = [entry.attempt for entry in mine]
         working = birth.working
@@ -217,7 +233,7 @@ class Coordinator:
 
     def _serve(self, device: str, request: m.BlobRequest) -> None:
         content, run = request.content, self.run
-        data = run.model if run is not None and run.content.digest == content.digest else None
+        data = run.content_named(content.digest) if run is not None else None
         data = data if data is not None else self._read_content(content.digest)
         is_cut_well = SMALLEST_SERVED_BYTES <= content.chunk_bytes <= LARGEST_CHUNK_BYTES
         if data is None or len(data) != content.size or not is_cut_well:

@@ -121,7 +121,8 @@ class UpdateAccepted:
 
     `run` and `round` are those it was made for; `counts_in` is the round it is added to,
     which is a later one for a late update that was kept. `opened_at` is when its first letter
-    came; None where an earlier hub took that.
+    came; None where an earlier hub took that. `stood_in` says why the device's digital agent made
+    it; it is empty where the device did.
     """
 
     attempt: str
@@ -133,6 +134,19 @@ class UpdateAccepted:
     counts_in: int
     at: float
     opened_at: float | None = None
+    stood_in: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorTaken:
+    """A device's samples came whole; `data` are their bytes, to be kept apart from the record."""
+
+    attempt: str
+    run: str
+    round: int
+    device: str
+    data: bytes
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +216,7 @@ HubFact: TypeAlias = (
     | AttemptChanged
     | ChunkStored
     | UpdateAccepted
+    | MirrorTaken
     | UpdateRefused
     | RoundClosed
     | RoundAbandoned

@@ -61,6 +61,10 @@ class Fleet:
         """How much of a model this device can train; 0 is all of it."""
         return self._devices[device].capability.level
 
+    def mirrors(self, device: str) -> bool:
+        """Whether its owner lets the hub keep a copy of its data."""
+        return self._devices[device].capability.mirrors
+
     @property
     def candidates(self) -> Candidates:
         """Who could be asked now; a view, true until the next change."""

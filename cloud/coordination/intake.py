@@ -4,20 +4,34 @@ The path of one update: `on_open` and `on_chunk` gather its bytes, `_complete` c
 against the model it was made from, and an accepted one is recorded before it is acknowledged.
 """
 
+from dataclasses import replace
+
 from cloud.coordination import uploads as up
 from cloud.coordination.conductor import Conductor
 from cloud.coordination.facts import (
     ChunkStored,
     HubMemory,
+    MirrorTaken,
     UpdateAccepted,
     UpdateRefused,
 )
 from cloud.coordination.fleet import Fleet
 from cloud.coordination.outbox import Outbox
-from cloud.coordination.run import REMEMBERED_ROUNDS, Contribution, parse_attempt
+from cloud.coordination.run import (
+    CHUNK_BYTES,
+    REMEMBERED_ROUNDS,
+    ActiveRun,
+    Contribution,
+    parse_attempt,
+)
+from cloud.coordination.standing_in import StandingIn
 from federation.errors import CodecError, TransferError
 from federation.protocol import messages as m
+from federation.protocol.codec import Weights
+from federation.protocol.effects import Trained
 from federation.protocol.messages import Verdict
+from federation.protocol.mirror import MOST_BYTES
+from federation.protocol.transfer import Incoming, content_of, cut
 
 
 class Intake:
@@ -31,9 +45,11 @@ class Intake:
         conductor: Conductor,
         outbox: Outbox,
         shares_memory: bool,
+        standing_in: StandingIn,
     ) -> None:
         self._fleet = fleet
         self._shares_memory = shares_memory
+        self._standing_in = standing_in
         self._uploads = up.Uploads(memory.uploads)
         self._settled: dict[str, Verdict] = dict(memory.run.settled) if memory.run else {}
         self._oldest_settled = 0
@@ -51,6 +67,7 @@ class Intake:
         if self._turns_away(device, letter.attempt, letter.content.digest, now):
             return
         try:
+            self._check_allowed(device)
             up.check_announced(letter, self._largest_update())
             upload = self._uploads.open(letter, now)
             if letter.inline is not None and self._shares_memory:
@@ -62,6 +79,16 @@ class Intake:
             self._refuse(device, letter.attempt, digest, "rejected", str(error), now)
             return
         self._after_arrival(device, letter.attempt, upload, now)
+
+    def _check_allowed(self, device: str) -> None:
+        """Refuse samples of a device whose owner does not allow it, or does no more.
+
+        Raises:
+            TransferError: so it is.
+        """
+        run = self._conductor.run
+        if run is not None and run.plan.mirror and not self._fleet.mirrors(device):
+            raise TransferError(f"the owner of {device} does not let its data be mirrored")
 
     def on_chunk(self, device: str, letter: m.UpdateChunk, now: float) -> None:
         """A chunk of an update: store it, acknowledge it, and see whether that was the last."""
@@ -125,27 +152,73 @@ class Intake:
         except CodecError as error:
             self._refuse(device, attempt, digest, "rejected", str(error), now)
             return
-        number = parsed[1]
-        run.contribute(Contribution(attempt, device, number, update, upload.report))
+        if run.plan.mirror:
+            self._outbox.note(MirrorTaken(attempt, run.plan.name, parsed[1], device, data, now))
+        self._count(run, self._accepted(run, attempt, upload, now), update)
+        self._acknowledge(device, attempt, digest, "stored", "")
+
+    def _accepted(
+        self, run: ActiveRun, attempt: str, upload: up.Upload, now: float
+    ) -> UpdateAccepted:
+        _, number, device = parse_attempt(attempt) or ("", 0, "")
+        return UpdateAccepted(
+            attempt=attempt,
+            run=run.plan.name,
+            round=number,
+            device=device,
+            content=upload.content,
+            report=upload.report,
+            counts_in=run.number if run.round is not None else run.number + 1,
+            at=now,
+            opened_at=upload.opened_at,
+        )
+
+    def _count(self, run: ActiveRun, fact: UpdateAccepted, update: Weights) -> None:
+        attempt = fact.attempt
+        run.contribute(Contribution(attempt, fact.device, fact.round, update, fact.report))
         if run.round is not None and attempt in run.round.attempts:
-            run.round.receive(attempt, upload.report)
-        self._fleet.free(device, attempt)
+            run.round.receive(attempt, fact.report)
+        self._fleet.free(fact.device, attempt)
         self._uploads.forget(attempt)
         self._settle(attempt, "stored")
-        self._outbox.note(
-            UpdateAccepted(
-                attempt=attempt,
-                run=run.plan.name,
-                round=number,
-                device=device,
-                content=upload.content,
-                report=upload.report,
-                counts_in=run.number if run.round is not None else run.number + 1,
-                at=now,
-                opened_at=upload.opened_at,
+        self._outbox.note(fact)
+
+    def on_stood_in(self, trained: Trained, now: float) -> None:
+        """A digital agent is done with an attempt that was given to it."""
+        run, parsed = self._conductor.run, parse_attempt(trained.attempt)
+        if run is None or parsed is None or run.round is None:
+            return
+        entry = run.round.attempts.get(trained.attempt)
+        if entry is None or entry.status == "received":
+            return  # The round is over, or the device was back in time.
+        device = entry.device
+        failure = self._standing_in.objection(run, trained.attempt, device) or trained.failure
+        if not failure:
+            try:
+                update = run.read_update(trained.update, device)
+            except CodecError as error:
+                failure = str(error)
+        if failure:
+            self._conductor.mark(trained.attempt, "failed", f"its digital agent: {failure}", now)
+            return
+        upload = self._stood_in_upload(trained)
+        for index in range(upload.content.chunks):
+            _, chunk = cut(trained.update, upload.content, index)
+            self._outbox.note(
+                ChunkStored(trained.attempt, upload.content, index, chunk, upload.report)
             )
-        )
-        self._acknowledge(device, attempt, digest, "stored", "")
+        fact = self._accepted(run, trained.attempt, upload, now)
+        label = f"{device} dropped out; its digital agent finished in its place"
+        self._count(run, replace(fact, stood_in=label), update)
+        if self._fleet.is_there(device):
+            self._outbox.say(m.Cancel(attempt=trained.attempt, reason=label), device)
+
+    def _stood_in_upload(self, trained: Trained) -> up.Upload:
+        """The update as if it had come: cut as the device had begun to send the same bytes."""
+        content = content_of(trained.update, CHUNK_BYTES)
+        begun = self._uploads.get(trained.attempt, content.digest)
+        content = begun.content if begun is not None else content
+        return up.Upload(content, trained.report, Incoming(content))
 
     def _turns_away(self, device: str, attempt: str, digest: str, now: float) -> bool:
         """Answer an update that cannot count any more; False where it may be taken."""
@@ -201,7 +274,10 @@ class Intake:
 
     def _largest_update(self) -> int:
         # An update is at most as large as the model, plus a header with other names.
-        return (self._conductor.run.content.size if self._conductor.run else 0) * 11 // 10 + 65536
+        run = self._conductor.run
+        if run is not None and run.plan.mirror:
+            return MOST_BYTES
+        return (run.content.size if run is not None else 0) * 11 // 10 + 65536
 
     def _acknowledge(
         self, device: str, attempt: str, digest: str, verdict: Verdict, reason: str

@@ -7,7 +7,7 @@ from cloud.coordination.facts import (
     LetterRefused,
     PresenceChanged,
 )
-from federation.protocol.effects import Effect, Record, Send, WakeAt
+from federation.protocol.effects import Effect, Record, Send, Train, WakeAt
 from federation.protocol.messages import AnyLetter
 
 REFUSALS_A_MINUTE = 20
@@ -47,6 +47,10 @@ class Outbox:
     def say(self, letter: AnyLetter, device: str = "") -> None:
         """Send a letter to a device, or to all."""
         self._effects.append(Send(letter, device))
+
+    def train(self, task: Train) -> None:
+        """Have a digital agent train."""
+        self._effects.append(task)
 
     def note(self, fact: HubFact) -> None:
         """Record a fact before anything that follows."""

@@ -166,6 +166,11 @@ class Round:
         """The attempts whose updates count, in device order."""
         return sorted((self.attempts[attempt] for attempt in self._received), key=_by_device)
 
+    def dropped(self, now: float) -> list[Attempt]:
+        """The attempts whose devices are lost beyond their grace, in device order."""
+        gone = [a for a in self._lost if now >= self._grace_ends(a)]
+        return sorted((self.attempts[attempt] for attempt in gone), key=_by_device)
+
     def missing(self, now: float) -> list[Attempt]:
         """The attempts still waited for, in device order: open ones, and lost ones in grace."""
         hoped = [a for a in self._lost if now < self._grace_ends(a)]

@@ -10,6 +10,7 @@ import numpy as np
 
 from cloud.config import RunPlan
 from cloud.coordination.facts import RunMemory
+from cloud.coordination.personal import own_base, read_mirror
 from cloud.coordination.rounds import Attempt, Round
 from federation.learning.aggregation.ballot import Ballot, Vote
 from federation.learning.layers import model_part
@@ -26,6 +27,7 @@ from federation.protocol.messages import (
     ModelSpec,
     Report,
 )
+from federation.protocol.mirror import MIRROR
 from federation.protocol.transfer import content_of
 
 CHUNK_BYTES = 64 * 1024
@@ -98,6 +100,7 @@ class ActiveRun:
                 memory.round, memory.plan.policy, memory.deadline, memory.attempts.values()
             )
         self._parts = self._divide()
+        self._bases: dict[str, tuple[Content, bytes]] = {}
         self._contributions: dict[str, Contribution] = {}
         for kept in memory.accepted:
             update = self.read_update(kept.data, kept.device)
@@ -139,16 +142,41 @@ class ActiveRun:
 
     def assignment(self, attempt: Attempt, remaining_s: float) -> Assignment:
         """The letter that asks a device to train in the open round."""
-        small = self.content.size <= self._inline_bytes
+        content, base = self._base(attempt.device)
+        small = content.size <= self._inline_bytes
         return Assignment(
             attempt=attempt.attempt,
             run=self.plan.name,
             round=self.number,
             deadline_s=max(remaining_s, 0.0),
-            base=self.content,
+            base=content,
             plan=self.local_plan(attempt.device),
-            inline=self.model if small else None,
+            inline=base if small else None,
         )
+
+    def work(self, attempt: Attempt, remaining_s: float) -> tuple[Assignment, bytes]:
+        """What a device is asked, with its base: for whoever trains in its place."""
+        return self.assignment(attempt, remaining_s), self._base(attempt.device)[1]
+
+    def content_named(self, digest: str) -> bytes | None:
+        """The model, or what one device of the open round trains from; None if it is neither."""
+        if digest == self.content.digest:
+            return self.model
+        if self._method.is_personal and self.round is not None:
+            for entry in self.round.attempts.values():
+                content, base = self._base(entry.device)
+                if content.digest == digest:
+                    return base
+        return None
+
+    def _base(self, device: str) -> tuple[Content, bytes]:
+        """What this device trains from: the model, or its own where models are personal."""
+        if not self._method.is_personal:
+            return self.content, self.model
+        if device not in self._bases:
+            base = codec.encode(own_base(self.weights, device))
+            self._bases[device] = content_of(base, CHUNK_BYTES), base
+        return self._bases[device]
 
     def local_plan(self, device: str) -> LocalPlan:
         """How this device trains in the open round."""
@@ -159,16 +187,15 @@ class ActiveRun:
 
     def _plan_for(self, device: str) -> LocalPlan:
         training, part = self.plan.training, self._part(device)
+        model = self.plan.students.get(device, self.plan.model)
         # A device's name is part of its seed, so no two devices draw the same batches, and a
         # device draws the same ones whoever else takes part.
         words = [self.plan.seed, self.number, zlib.crc32(device.encode())]
         seed = int(np.random.SeedSequence(words).generate_state(1)[0])
         return LocalPlan(
-            model=ModelSpec(
-                name=self.plan.model.name, sizes={**self.plan.model.sizes, **part.sizes}
-            ),
-            method=self._method.name,
-            epochs=training.epochs,
+            model=ModelSpec(name=model.name, sizes={**model.sizes, **part.sizes}),
+            method=MIRROR if self.plan.mirror else self._method.name,
+            epochs=0 if device in self.plan.at_twin else training.epochs,
             max_steps=training.max_steps,
             batch_size=training.batch_size,
             learning_rate=training.learning_rate,
@@ -212,8 +239,12 @@ class ActiveRun:
         Raises:
             CodecError: unreadable, another shape or name, NaN or infinity.
         """
-        plan = self.local_plan(device)
-        return unpack_update(data, self.weights, plan, narrower=self._method.narrower)
+        if self.plan.mirror:
+            return read_mirror(data)
+        plan, base = self.local_plan(device), self.weights
+        if self._method.is_personal:
+            base = model_part(own_base(self.weights, device))
+        return unpack_update(data, base, plan, narrower=self._method.narrower)
 
     def contribute(self, contribution: Contribution) -> None:
         """Add an update to the open round. A late one is told apart by its round."""
@@ -231,8 +262,28 @@ class ActiveRun:
     def close_round(self) -> None:
         """Aggregate what is in, in device order, into the newest model (semantics 2).
 
-        A difference that travelled is added to the newest model, however old its own base.
+        A difference that travelled is added to the newest model, however old its own base. What
+        is personal is never averaged: each update becomes the model of its own device.
         """
+        if self.plan.mirror:
+            pass
+        elif self._method.is_personal:
+            self._take_over()
+        else:
+            self._average()
+        self.model = codec.encode(self.weights)
+        self.content = content_of(self.model, CHUNK_BYTES)
+        self._contributions, self._bases = {}, {}
+        self.abandoned_in_a_row = 0
+        self.round, self._parts, self._plans = None, {}, {}
+
+    def _take_over(self) -> None:
+        for kept in sorted(self._contributions.values(), key=lambda one: one.device):
+            own = model_part(own_base(self.weights, kept.device))
+            said = {**own, **absolute(kept.update, own, self.plan.uplink)}
+            self.weights |= {f"{kept.device}/{name}": tensor for name, tensor in said.items()}
+
+    def _average(self) -> None:
         votes = tuple(
             Vote(
                 kept.device,
@@ -246,11 +297,6 @@ class ActiveRun:
         outcome = self._method.aggregate(ballot)
         self.weights = outcome.weights
         self.memory = codec.encode(outcome.memory) if outcome.memory else b""
-        self.model = codec.encode(self.weights)
-        self.content = content_of(self.model, CHUNK_BYTES)
-        self._contributions = {}
-        self.abandoned_in_a_row = 0
-        self.round, self._parts, self._plans = None, {}, {}
 
     def _proposal(self, kept: Contribution) -> Weights:
         """The weights an update proposes (semantics 18).

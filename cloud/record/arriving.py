@@ -50,7 +50,8 @@ def _record_some(connection: Connection, facts: Sequence[Arrival]) -> list[bool]
                 now_is = _changed(rows.get(fact.attempt, {}), fact)
             case f.UpdateAccepted() if fact.attempt in fresh:
                 fresh.discard(fact.attempt)
-                now_is = {"status": "received", "reason": "", "verdict": "stored"}
+                now_is = {"status": "received", "verdict": "stored"}
+                now_is["reason"] = bounded(fact.stood_in)
                 now_is["changed_at"] = fact.at
             case _:
                 pass

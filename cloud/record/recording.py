@@ -15,7 +15,7 @@ from cloud.record.database import insert_into, insert_once
 from cloud.record.events import bounded, event_of
 from federation.protocol.messages import Content
 
-_APART = (f.Waiting, f.LetterRefused, f.DeviceReported)
+_APART = (f.Waiting, f.LetterRefused, f.DeviceReported, f.MirrorTaken)
 """Facts that do not meet those of attempts, so that it is all one which are written first."""
 
 
@@ -98,8 +98,8 @@ def _apply(connection: Connection, fact: f.HubFact) -> bool:  # noqa: C901, PLR0
             return _round_abandoned(connection, fact)
         case f.Released():
             return _released(connection, fact)
-        case f.LetterRefused() | f.DeviceReported():
-            return True  # The log has them; the twins are folded from it.
+        case f.LetterRefused() | f.DeviceReported() | f.MirrorTaken():
+            return True  # The log has them; twins are folded from it, and keep what is mirrored.
         case _:
             assert_never(fact)
 

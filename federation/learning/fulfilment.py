@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from federation.errors import HeadwaterError
 from federation.learning.data import LocalData
+from federation.learning.mirroring import mirrored
 from federation.learning.mixing import validation_split
 from federation.learning.submodel import RESIDUAL, within
 from federation.learning.training import LocalResult
@@ -16,6 +17,7 @@ from federation.learning.uplink import pack_update
 from federation.protocol.codec import Weights, decode, encode
 from federation.protocol.effects import Trained
 from federation.protocol.messages import Assignment, HoldOut, LocalPlan
+from federation.protocol.mirror import MIRROR
 
 
 def fulfil_all(
@@ -46,6 +48,9 @@ def fulfil_all(
     tasks: dict[int, Task] = {}
     done: dict[int, Trained] = {}
     for place, (assignment, base, data, memory) in enumerate(jobs):
+        if assignment.plan.method == MIRROR:
+            done[place] = mirrored(assignment.attempt, data)
+            continue
         try:
             kept = decode(memory) if memory else {}
             samples = training_part(data, assignment.plan)

@@ -70,24 +70,36 @@ def _logit_kd(scene: Scene) -> Objective:
     weight = number_in(scene, "weight")
     if LOGITS not in scene.taught:
         return Objective(cross_entropy)
-    return Objective(logit_distillation(scene.taught[LOGITS], tau, weight))
+    return Objective(logit_distillation(_rows(scene, LOGITS, "classes"), tau, weight))
 
 
 def _simkd(scene: Scene) -> Objective:
     if FEATURES not in scene.taught:
         return Objective(cross_entropy)
-    known = scene.taught[FEATURES]
+    known = _rows(scene, FEATURES, "features")
     # The classifier is the teacher's, and stays it.
-    windows = {name: window for name, window in scene.windows() if name.startswith("classifier.")}
-    width = scene.model.get_parameter("classifier.weight").shape[-1]
-    if known.shape[-1] != width:
-        raise TrainingError(
-            f"the teacher has {known.shape[-1]} features and the student's classifier takes "
-            f"{width}: give the student the size projected = {known.shape[-1]}"
-        )
+    windows = [window for name, window in scene.windows() if name.startswith("classifier.")]
     weight, labels = number_in(scene, "weight"), number_in(scene, "labels")
     term = feature_imitation(known, scene.counts, weight, labels)
-    return Objective(term, resting=tuple(windows.values()))
+    return Objective(term, resting=tuple(windows))
+
+
+def _rows(scene: Scene, what: str, counted: str) -> Tensor:
+    """What the teacher says of each sample, as wide as the student's classifier has it.
+
+    Raises:
+        TrainingError: it is of another width.
+    """
+    known = scene.taught[what]
+    classes, features = scene.model.get_parameter("classifier.weight").shape[-2:]
+    width = classes if what == LOGITS else features
+    if known.ndim != scene.counts.ndim + 1 or known.shape[-1] != width:
+        raise TrainingError(
+            f"the teacher has {known.shape[-1]} {counted} and the student's classifier {width}: "
+            "give the student the teacher's classes, and for simkd the size `projected` of its "
+            "features"
+        )
+    return known
 
 
 OBJECTIVES: Mapping[str, BuildObjective] = MappingProxyType(

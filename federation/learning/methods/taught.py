@@ -28,11 +28,11 @@ METHODS: tuple[Method, ...] = (
         equation="Eq. 27 (SimKD): the squared distance of projected features to the teacher's",
         departs=(
             "The distance is a part of the mean square of the teacher's features, times `weight`, "
-            "so that the rate of other losses will do, whatever the teacher. The projector is one dense layer and a "
-            "rectifier on what a zoo model's classifier would get, where SimKD has three "
-            "convolutions. `labels` adds so much of the cross entropy through the teacher's "
-            "classifier: 0 is the paper's. Without a teacher's answers a device learns from "
-            "its own labels alone."
+            "so that the rate of other losses will do, whatever the teacher. The projector is one "
+            "dense layer and a rectifier on what a zoo model's classifier would get, where SimKD "
+            "has three convolutions. `labels` adds so much of the cross entropy through the "
+            "teacher's classifier: 0 is the paper's. Without a teacher's answers a device learns "
+            "from its own labels alone."
         ),
         when_to_use=(
             "devices have seen few of the classes each and want to know the others too, and "
