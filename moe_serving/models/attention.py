@@ -51,9 +51,9 @@ def attend_rows(
     are done together, each prompt by itself.
     """
     y_NHd = torch.empty_like(q_NHd)
-    if rows.single:
-        at = [run.start for run in rows.single]
-        y_NHd[at] = _attend_single(q_NHd[at], cache, layer, rows.single, scale, bias)
+    for group in rows.single:
+        at = [run.start for run in group]
+        y_NHd[at] = _attend_single(q_NHd[at], cache, layer, group, scale, bias)
     for run in rows.long:
         q_HQd = q_NHd[run.start : run.end].transpose(0, 1)
         y_NHd[run.start : run.end] = _attend_long(q_HQd, cache, layer, run, scale, bias).transpose(
@@ -71,7 +71,7 @@ def _attend_single(
     bias: Bias | None,
 ) -> Tensor:
     length = max(run.length for run in runs)
-    k, v = cache.read(layer, [run.slot for run in runs], length)
+    k, v = cache.read(layer, runs, length)
     places_L = torch.arange(length, device=q_BHd.device)
     last_B1 = torch.tensor([[run.first] for run in runs], device=q_BHd.device)
     mask_B11L = (places_L > last_B1)[:, None, None, :]
@@ -85,7 +85,7 @@ def _attend_single(
 def _attend_long(
     q_HQd: Tensor, cache: KVCache, layer: int, run: Run, scale: float | None, bias: Bias | None
 ) -> Tensor:
-    k, v = cache.read(layer, [run.slot], run.length)
+    k, v = cache.read(layer, [run], run.length)
     if run.first == 0 and bias is None:
         return _attention(q_HQd[None], k, v, None, scale, is_causal=True)[0]
     places_L = torch.arange(run.length, device=q_HQd.device)

@@ -42,13 +42,14 @@ class Rows:
         positions_N: places in the sequences.
         slots_N: places in the cache.
         long: runs of several rows: prompts, or parts of them.
-        single: runs of one row: sequences that go on by one token.
+        single: runs of one row, sequences that go on by one token, in groups of adjoining slots:
+            what the cache holds of a group is a view, so nothing is copied.
     """
 
     positions_N: Tensor
     slots_N: Tensor
     long: tuple[Run, ...]
-    single: tuple[Run, ...]
+    single: tuple[tuple[Run, ...], ...]
 
 
 def group_rows(positions_N: Tensor, slots_N: Tensor, n_slots: int, max_length: int) -> Rows:
@@ -72,8 +73,17 @@ def group_rows(positions_N: Tensor, slots_N: Tensor, n_slots: int, max_length: i
             raise DataError(f"rows of slot {run.slot} do not stand together in rising order")
         seen.add(run.slot)
     long = tuple(run for run in runs if run.rows > 1)
-    single = tuple(run for run in runs if run.rows == 1)
-    return Rows(positions_N, slots_N, long, single)
+    return Rows(positions_N, slots_N, long, _adjoining([run for run in runs if run.rows == 1]))
+
+
+def _adjoining(runs: list[Run]) -> tuple[tuple[Run, ...], ...]:
+    groups: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: run.slot):
+        if groups and groups[-1][-1].slot == run.slot - 1:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return tuple(tuple(group) for group in groups)
 
 
 def _runs(positions: Sequence[int], slots: Sequence[int]) -> list[Run]:
@@ -124,12 +134,7 @@ class KVCache:
         self.keys[layer][rows.slots_N, :, rows.positions_N] = k_NHd
         self.values[layer][rows.slots_N, :, rows.positions_N] = v_NHd
 
-    def read(self, layer: int, slots: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` keys and values of these slots; views where the slots adjoin."""
-        keys, values = self.keys[layer], self.values[layer]
-        first = slots[0]
-        if list(slots) == list(range(first, first + len(slots))):
-            part = slice(first, first + len(slots))
-            return keys[part, :, :length], values[part, :, :length]
-        chosen = torch.as_tensor(slots, device=keys.device)
-        return keys[:, :, :length][chosen], values[:, :, :length][chosen]
+    def read(self, layer: int, runs: Sequence[Run], length: int) -> tuple[Tensor, Tensor]:
+        """Views of the first `length` keys and values of runs whose slots adjoin and rise."""
+        slots = slice(runs[0].slot, runs[-1].slot + 1)
+        return self.keys[layer][slots, :, :length], self.values[layer][slots, :, :length]

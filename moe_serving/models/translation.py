@@ -129,7 +129,7 @@ class EncoderDecoder(nn.Module):
             DataError: Rows that the cache has no place for, not in order, or not from position 0.
         """
         rows = group_rows(positions_N, slots_N, cache.sources.n_slots, cache.sources.max_length)
-        runs = (*rows.long, *rows.single)
+        runs = (*rows.long, *(run for group in rows.single for run in group))
         for run in runs:
             if run.first:
                 raise DataError(f"the source of slot {run.slot} begins at {run.first}, not at 0")

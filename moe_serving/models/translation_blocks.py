@@ -187,12 +187,11 @@ class TranslationBlock(nn.Module):
 
 def _attend_sources(q_NHd: Tensor, layer: int, rows: Rows, cache: TranslationCache) -> Tensor:
     y_NHd = torch.empty_like(q_NHd)
-    if rows.single:
-        slots = [run.slot for run in rows.single]
-        at = [run.start for run in rows.single]
-        lengths = torch.tensor([[cache.source_lengths[slot]] for slot in slots])
+    for group in rows.single:
+        at = [run.start for run in group]
+        lengths = torch.tensor([[cache.source_lengths[run.slot]] for run in group])
         length = int(lengths.max())
-        k, v = cache.sources.read(layer, slots, length)
+        k, v = cache.sources.read(layer, group, length)
         is_seen = torch.arange(length) < lengths
         scores = torch.zeros((), device=q_NHd.device, dtype=q_NHd.dtype)
         scores = scores.masked_fill(~is_seen[:, None, None, :].to(q_NHd.device), -torch.inf)
@@ -200,7 +199,7 @@ def _attend_sources(q_NHd: Tensor, layer: int, rows: Rows, cache: TranslationCac
         y_NHd[at] = y[:, :, 0]
     for run in rows.long:
         part = slice(run.start, run.end)
-        k, v = cache.sources.read(layer, [run.slot], cache.source_lengths[run.slot])
+        k, v = cache.sources.read(layer, [run], cache.source_lengths[run.slot])
         q_HQd = q_NHd[part].transpose(0, 1)
         y = F.scaled_dot_product_attention(q_HQd[None], k, v, scale=1.0)[0]
         y_NHd[part] = y.transpose(0, 1)
