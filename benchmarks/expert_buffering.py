@@ -74,7 +74,7 @@ def measure(options: Options) -> list[Claim]:
 
 def _recorded(options: Options) -> list[Setting]:
     folder = served_lm(options)
-    sizes = ((4, 300),) if options.is_quick else ((1, 1200), (4, 800), (16, 500))
+    sizes = ((4, 200),) if options.is_quick else ((1, 500), (4, 350), (16, 200))
     return [
         _setting(
             f"recorded, {prompts}, {streams} streams", record(folder, prompts, streams, passes)
@@ -134,7 +134,7 @@ def _serving_claims(options: Options) -> list[Claim]:
     save(DecoderLM(BIG), folder)
     ranges = expert_ranges(folder)
     total = ranges.size_bytes * BIG.n_layers * BIG.n_experts
-    passes, rounds = (40, 1) if options.is_quick else (100, 3)
+    passes, rounds = (40, 1) if options.is_quick else (60, 2)
     best = best_kernel(is_single=True).name
     cases = {
         WHOLE: Asked(folder=str(folder), passes=passes),

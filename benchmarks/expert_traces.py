@@ -13,7 +13,7 @@ from federation.datasets.cached import cache_folder, load_corpus
 from federation.errors import ConfigError
 from moe_serving.buffering.trace import Shape, Trace, TraceRecorder
 from moe_serving.checkpoint import load, save
-from moe_serving.kernels.registry import best_kernel, serve_resident
+from moe_serving.kernels.registry import kernel_named, serve_resident
 from moe_serving.layers.gating import Choice, balance_loss
 from moe_serving.models.config import DecoderConfig
 from moe_serving.models.decoder import DecoderLM
@@ -58,13 +58,14 @@ def served_lm(options: Options) -> Path:
 
 def record(folder: Path, text_set: str, streams: int, passes: int) -> Trace:
     """Serves held-out texts, one token of each stream a pass, and records what gates ask for."""
+    torch.set_num_threads(1)
     model = load(folder)
     if not isinstance(model, DecoderLM):
         raise ConfigError(f"{folder} holds no language model")
     recorder = TraceRecorder(Shape(model.config.n_layers, model.config.n_experts), most=10**6)
     for layer in model.moe_layers():
         layer.watch = lambda number, _, plan: recorder.record(number, plan.counts_E.tolist())
-    serve_resident(model.moe_layers(), best_kernel(is_single=True))
+    serve_resident(model.moe_layers(), kernel_named("plain"))
     serve(model, text_set, streams, passes)
     return recorder.trace()
 
@@ -97,6 +98,7 @@ def _tokens(name: str) -> Tensor:
 
 
 def _train(steps: int, options: Options) -> DecoderLM:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = DecoderLM(TINY)
     texts = [_tokens(name) for name in TRAINED_ON]

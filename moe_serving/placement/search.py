@@ -23,6 +23,10 @@ ROUND_GAIN = 2e-3
 """A round that gains less was the last: rounds cost seconds, swaps milliseconds."""
 
 
+SHORT = 32
+"""Batches below which nothing can be set aside to judge by."""
+
+
 def imbalance(counts_BE: History, placement: Placement) -> float:
     """The mean over batches of the busiest device's load over the mean; 1 is perfect."""
     load_BE = check_history(counts_BE, placement.devices, len(placement.holders))
@@ -32,7 +36,8 @@ def imbalance(counts_BE: History, placement: Placement) -> float:
 def search(counts_BE: History, devices: int, slots: int, *, copies: int | None = None) -> Placement:
     """Looks for the placement with the least mean of the per-batch maximum.
 
-    Starts from `greedy`; swaps experts of two devices as long as that helps; then fills free
+    Starts from `greedy`; swaps experts of two devices as long as that helps, if it also helps on
+    batches set aside; then fills free
     slots one by one with the copy that helps most, given that its rows are divided by
     water-filling; then takes copies back and swaps again with the rest in place.
 
@@ -51,7 +56,9 @@ def search(counts_BE: History, devices: int, slots: int, *, copies: int | None =
     most = devices * slots - experts
     if copies is not None:
         most = min(most, copies)
-    best = _swap(load_BE, greedy(counts_BE, devices, slots))
+    best = greedy(counts_BE, devices, slots)
+    if _pays_to_swap(load_BE, devices, slots):
+        best = _swap(load_BE, best)
     best = _copy(load_BE, best, slots, most)
     merit = _merit(load_BE, best)
     for _ in range(ROUNDS if best.copies else 0):
@@ -63,6 +70,19 @@ def search(counts_BE: History, devices: int, slots: int, *, copies: int | None =
         if gained < ROUND_GAIN:
             break
     return best
+
+
+def _pays_to_swap(load_BE: Loads, devices: int, slots: int) -> bool:
+    """Whether swaps that suit every other batch suit those between.
+
+    Where a batch has few rows, its busiest device is a matter of chance, and swaps would learn
+    the chance. Short histories are taken at their word.
+    """
+    if len(load_BE) < SHORT:
+        return True
+    seen_BE, unseen_BE = load_BE[::2], load_BE[1::2]
+    start = greedy(seen_BE, devices, slots)
+    return _merit(unseen_BE, _swap(seen_BE, start)) < _merit(unseen_BE, start)
 
 
 def _merit(load_BE: Loads, placement: Placement) -> float:
@@ -130,14 +150,17 @@ def _moved(placement: Placement, device_E: NDArray[np.int64]) -> Placement:
 
 
 def _copy(load_BE: Loads, placement: Placement, slots: int, most: int) -> Placement:
-    """Adds the copy that helps most, again and again, while there is room."""
+    """Adds the copy that helps most, again and again, while there is room.
+
+    Also where none helps on these batches: in others it will, and the slot is free.
+    """
     while placement.copies < most:
         now = flow_by_copy(load_BE, placement)
         candidates = (
             (*_best_copy(now, placement, device), device) for device in _with_room(placement, slots)
         )
         found, expert, device = min(candidates)
-        if found > float(now.load_BD.max(axis=1).mean()) - GAIN:
+        if found == np.inf:
             break
         placement = _with(placement, expert, device)
     return placement
