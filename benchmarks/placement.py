@@ -109,7 +109,7 @@ def _judge_planners(case: Case, options: Options) -> list[Claim]:
     claims = []
     for name, wait in waits.items():
         peer = {OURS: PAPER, OURS_COPIED: "EPLB, 1 copy a device, even"}.get(name, "greedy (paper)")
-        # Where a batch has few rows its busiest device is chance, and placements without copies tie.
+        # With few rows a batch the busiest device is chance, and placements without copies tie.
         uncopied = waits[PAPER] if case.has_many_rows else None
         goal = {OURS: uncopied, OURS_COPIED: case.goal or waits[peer]}.get(name)
         claims.append(
