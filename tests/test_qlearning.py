@@ -20,6 +20,7 @@ from optimizer.qlearning import (
     safe_pairs,
 )
 from optimizer.qlearning_file import load_values, save_values
+from optimizer.qlearning_neural import NeuralValues
 from optimizer.qlearning_training import Training, train
 
 STUDENTS = ("resnet8", "resnet20", "resnet32", "resnet56")
@@ -160,6 +161,20 @@ def test_a_table_learns_means():
     np.testing.assert_array_equal(blank.costs(seen), FairPrices().costs(seen))
     np.testing.assert_allclose(taught.costs(seen), 0.5)
     np.testing.assert_allclose(again.costs(seen), 1.0)
+
+
+def test_a_network_learns_what_it_is_told():
+    """The small network begins at fair prices, and comes to what it is told again and again."""
+    seen, _ = observe(fleet(30, 12))
+    values = NeuralValues(9, np.random.default_rng(0), steps=20)
+    np.testing.assert_array_equal(values.costs(seen), FairPrices().costs(seen))
+    told_NP = seen.costs_NPL[:, :, 6]
+    before = np.abs(values.costs(seen) - told_NP).mean()
+
+    for _ in range(10):
+        values = values.learned(seen, told_NP, np.ones((30, 9)))
+
+    assert np.abs(values.costs(seen) - told_NP).mean() < before / 3
 
 
 @pytest.mark.parametrize("is_counterfactual", [True, False])
