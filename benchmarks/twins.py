@@ -56,10 +56,11 @@ class DeviceClass:
     cut_chance: float
 
 
+# Shares of all ten come to less than two cores: devices of their own do not feel each other.
 CLASSES = (
-    DeviceClass("board", 1.0, 20e6, 0.005, 0.0),
-    DeviceClass("phone", 0.5, 5e6, 0.03, 0.15),
-    DeviceClass("sensor", 0.25, 1.5e6, 0.08, 0.5),
+    DeviceClass("board", 0.3, 20e6, 0.005, 0.0),
+    DeviceClass("phone", 0.15, 5e6, 0.03, 0.15),
+    DeviceClass("sensor", 0.08, 1.5e6, 0.08, 0.5),
 )
 
 
@@ -85,11 +86,11 @@ class Stage:
 
 def measure(options: Options) -> list[Claim]:
     """Predicted against observed finish times and outcomes of a real fleet's rounds."""
-    rounds, devices = (8, 6) if options.is_quick else (20, 10)
+    rounds, devices = (6, 6) if options.is_quick else (20, 10)
     with _stage(options.folder, devices, options.broker) as stage:
         options.tell(f"{devices} devices of {len(CLASSES)} classes, {rounds} real rounds")
         rows = _run(stage, _plan(rounds, devices))
-    return list(_claims(rows, stage, rounds))
+    return list(_claims(rows, stage, rounds, is_quick=options.is_quick))
 
 
 def _plan(rounds: int, devices: int) -> RunPlan:
@@ -178,10 +179,9 @@ def _run(stage: Stage, plan: RunPlan) -> list[ForecastRow]:
     )
     for member in stage.members.values():
         member.agent.start()
-        if member.kind.share < 1.0:
-            throttle = threading.Thread(target=_throttle, args=(member, stage.stopped))
-            throttle.start()
-            stage.throttles.append(throttle)
+        throttle = threading.Thread(target=_throttle, args=(member, stage.stopped))
+        throttle.start()
+        stage.throttles.append(throttle)
     store, twins = Store(stage.hub_config.database_url), TwinStore(stage.hub_config.database_url)
     try:
         wait_until(
@@ -218,7 +218,9 @@ def _is_judged(twins: TwinStore, plan: RunPlan) -> bool:
     return bool(rows) and rows[-1].round == plan.rounds and all(row.outcome for row in rows)
 
 
-def _claims(rows: Sequence[ForecastRow], stage: Stage, rounds: int) -> Iterator[Claim]:
+def _claims(
+    rows: Sequence[ForecastRow], stage: Stage, rounds: int, *, is_quick: bool
+) -> Iterator[Claim]:
     later = [row for row in rows if row.round > rounds // 2]
     yield _time_claim("median error of the finish time, second half of the rounds", rows, later)
     yield _time_claim("median error of the finish time, all rounds", rows, rows, goal=None)
@@ -240,7 +242,8 @@ def _claims(rows: Sequence[ForecastRow], stage: Stage, rounds: int) -> Iterator[
         "",
         peer=f"the base rate, {base:.0%}, known in hindsight",
         peer_value=base * (1 - base),
-        goal=base * (1 - base),
+        # A few rounds cannot teach how often a link is cut: that is a full run's claim.
+        goal=None if is_quick else base * (1 - base),
     )
 
 
