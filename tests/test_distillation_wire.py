@@ -20,6 +20,8 @@ from cloud.coordination.standing_in import LABEL
 from cloud.mirrors import follow
 from cloud.record.registry import Registry
 from cloud.teaching import TeachingPlan, prepare
+from edge_agent.config import read_agent_config
+from edge_agent.runner import _capability as capability_of
 from edge_agent.trainer import fulfil
 from federation.errors import ConfigError
 from federation.learning.data import LocalData
@@ -160,6 +162,30 @@ def test_taking_the_word_back_deletes_the_mirror(tmp_path):
 
     assert store.devices == ()
     assert [entry.what for entry in store.ledger()] == ["allowed", "mirrored", "revoked", "deleted"]
+
+
+@pytest.mark.parametrize(
+    ("table", "mirrors"), [("", False), ("[twin]\n", False), ("[twin]\nmirror = true\n", True)]
+)
+def test_an_owner_allows_the_mirror_in_the_agents_file(tmp_path, table, mirrors):
+    """Without `mirror = true` in agent.toml a device says at birth that it mirrors nothing."""
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "data.npz", x=SAMPLES.x, y=SAMPLES.y)
+    file = tmp_path / "agent.toml"
+    head = 'device = "d1"\nbroker = "mqtt://127.0.0.1"\nfolder = "journal"\n'
+    file.write_text(f'{head}[data]\nfolder = "data"\n{table}')
+
+    assert capability_of(read_agent_config(file)).mirrors is mirrors
+
+
+def test_only_who_mirrors_can_be_taught(tmp_path):
+    """A plan that teaches a device without mirrored data names it, and leaves nothing behind."""
+    plan = TeachingPlan(teacher=TEACHER, model=TEACHER, default=TEACHER, at_twin=("d7",))
+
+    with pytest.raises(ConfigError, match="d7 is to be taught and mirrors no data"):
+        prepare(plan, MirrorStore(tmp_path / "mirrors"), Registry(tmp_path))
+
+    assert list((tmp_path / "models").iterdir()) == []
 
 
 # Students ---------------------------------------------------------------------------------
