@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +26,21 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server of completions, and the model to ask there."""
+    """A server of completions, the model to ask there, and until when to wait for each answer."""
 
     url: str
     model: str
+    deadline_s: float | None = None
 
 
-def bodies(model: str, seed: int, vocabulary: int) -> Iterator[bytes]:
+def bodies(target: Target, seed: int, vocabulary: int) -> Iterator[bytes]:
     """Requests of mixed lengths without end: 16 to 128 tokens read, 8 to 64 made."""
     rng = np.random.default_rng(seed)
     while True:
         prompt = rng.integers(0, vocabulary, rng.integers(16, 129)).tolist()
         made = int(rng.integers(8, 65))
-        yield json.dumps(
-            {"model": model, "prompt": prompt, "max_tokens": made, "temperature": 0.0}
-        ).encode()
+        body = {"model": target.model, "prompt": prompt, "max_tokens": made, "temperature": 0.0}
+        yield json.dumps(body | {"deadline_s": target.deadline_s}).encode()
 
 
 async def complete(target: Target, body: bytes, client: str) -> Answered:
@@ -91,7 +91,7 @@ async def closed_loop(
     end = asyncio.Event()
 
     async def go_on(number: int) -> None:
-        for body in bodies(target.model, number, vocabulary):
+        for body in bodies(target, number, vocabulary):
             answered = await complete(target, body, f"c{number}")
             answers.append(answered)
             with suppress(TimeoutError):
@@ -112,7 +112,7 @@ async def open_loop(
     target: Target, clients: int, per_s: float, seconds: float, vocabulary: int
 ) -> list[Answered]:
     """Requests come at this rate whatever becomes of them, from these clients in turn."""
-    made = bodies(target.model, 0, vocabulary)
+    made = bodies(target, 0, vocabulary)
     names = cycle(f"c{number}" for number in range(clients))
     begun, tasks = time.monotonic(), []
     for n in range(int(per_s * seconds)):

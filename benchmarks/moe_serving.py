@@ -13,7 +13,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +26,10 @@ from benchmarks.processes import cpu_s, memory, wait_until
 from simulations.processes import Process, free_port
 
 CLIENTS, PEER_CLIENTS = 200, 4
-DEADLINE_S, TARGET_WAIT_S, GRACE_S = 20.0, 4.0, 40.0
+DEADLINE_S, TARGET_WAIT_S, GRACE_S = 20.0, 4.0, 90.0
+LONGEST_S = 90.0
+"""The server's longest deadline: what is asked where nothing but an answer counts."""
+
 SLOTS, ROWS = 64, 256
 VOCABULARY, LENGTH = 259, 256
 START_S = 120.0
@@ -117,7 +120,7 @@ def _servers(
         f"repository = '{repository}'\ngrace_s = {GRACE_S}\npoll_s = 0.5\nthreads = 1\n"
         f"[http]\nport = {port}\nclient_header = 'x-client'\n"
         f"[models.mixtral]\nslots = {SLOTS}\nrows = {ROWS}\nlength = {LENGTH}\n"
-        f"target_wait_s = {TARGET_WAIT_S}\ndeadline_s = {DEADLINE_S}\n"
+        f"target_wait_s = {TARGET_WAIT_S}\ndeadline_s = {LONGEST_S}\n"
     )
     serve = [sys.executable, "-m", "moe_serving", "serve", str(settings)]
     plain = [sys.executable, "-m", "benchmarks.plain_generate", str(checkpoint), str(other)]
@@ -201,7 +204,8 @@ def _overload(
     watching = threading.Thread(target=watch)
     watching.start()
     before = _counted(target)
-    answers = _run(lambda: open_loop(target, CLIENTS, 2 * capacity, 2 * turn_s, VOCABULARY))
+    hurried = replace(target, deadline_s=DEADLINE_S)
+    answers = _run(lambda: open_loop(hurried, CLIENTS, 2 * capacity, 2 * turn_s, VOCABULARY))
     is_over.set()
     watching.join()
     wait_until(lambda: _counted(target) - before >= len(answers), "counts", patience_s=10.0)

@@ -19,6 +19,7 @@ class Body(BaseModel):
     prompt: list[int]
     max_tokens: int
     temperature: float
+    deadline_s: float | None = None
 
 
 def serve(folder: Path, port: int) -> None:
