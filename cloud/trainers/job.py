@@ -37,7 +37,7 @@ def carry_out(path: Path, out: Path, hub: Path | None, *, as_json: bool) -> None
         setting = Setting(out, cache_folder(os.environ), place, _device(place))
         with _reporting(plan, out, place, quiet=as_json) as watchers:
             outcome = run_training(plan, setting, watchers)
-        if place.rank > 0:
+        if not place.leads:
             return
         text = msgspec.json.format(msgspec.json.encode(outcome.result), indent=2)
         (out / "result.json").write_bytes(text + b"\n")
@@ -66,7 +66,8 @@ def _joined() -> Iterator[Place]:
         )
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield Place(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+        rank = dist.get_rank()
+        yield Place(rank, dist.get_world_size(), dist.group.WORLD, leads=rank == 0)
     finally:
         dist.destroy_process_group()
 
@@ -80,7 +81,7 @@ def _device(place: Place) -> torch.device:
 @contextmanager
 def _reporting(plan: TrainPlan, out: Path, place: Place, *, quiet: bool) -> Iterator[list[Watcher]]:
     """What is told of each step: a bar for people, and lines of metrics for machines."""
-    if place.rank > 0:
+    if not place.leads:
         yield []
         return
     out.mkdir(parents=True, exist_ok=True)

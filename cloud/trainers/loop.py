@@ -7,7 +7,7 @@ processes, with the losses it would have had (to rounding, where the number chan
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cloud.trainers.checkpoints import Checkpoints
 from cloud.trainers.plans import OptimizerPlan, TrainPlan
-from cloud.trainers.state import TrainingState
 from cloud.trainers.task import Task, as_input
 from federation.errors import TrainingError
 
@@ -27,16 +27,20 @@ COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which share of every batch this process takes: number `rank` of `ranks`."""
+    """Which share of every batch this process takes: number `rank` of `ranks`.
+
+    Processes of one share train shards of one model. One process of all `leads`: it writes.
+    """
 
     rank: int = 0
     ranks: int = 1
     group: dist.ProcessGroup | None = None
+    leads: bool = True
 
     def wait(self) -> None:
         """Until all ranks have come here; at once where there is one."""
         if self.group is not None:
-            dist.barrier(group=self.group)
+            dist.barrier()
 
 
 ALONE = Place()
@@ -99,6 +103,32 @@ def learning_rate(plan: OptimizerPlan, step: int, steps: int) -> float:
             return plan.learning_rate / plan.factor**passed
 
 
+class State(Protocol):
+    """What training keeps of a model: whole, sparse, or this rank's shards."""
+
+    reduced_bytes: int
+
+    def step(self, learning_rate: float) -> None:
+        """Reduce gradients over ranks, step, and give the model its new parameters."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters of the whole model, float32; all ranks call this together."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint keeps; all ranks call this together."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each kind of state on this rank."""
+        ...
+
+
 class Trainer:
     """Trains one task on this rank; a step at a time, or to the end.
 
@@ -117,7 +147,7 @@ class Trainer:
         self,
         plan: TrainPlan,
         task: Task,
-        state: TrainingState,
+        state: State,
         *,
         place: Place = ALONE,
         checkpoints: Checkpoints | None = None,
@@ -198,6 +228,9 @@ class Trainer:
         return float(total) / self.place.ranks
 
     def _keep(self) -> None:
-        if self._checkpoints is not None and self.place.rank == 0:
-            self._checkpoints.save(self.done, self.state.tensors(), seconds=self.spent_s)
+        if self._checkpoints is None:
+            return
+        tensors = self.state.tensors()  # Shards come together: all ranks take part.
+        if self.place.leads:
+            self._checkpoints.save(self.done, tensors, seconds=self.spent_s)
         self.place.wait()

@@ -75,6 +75,27 @@ class SparsePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
 
 
+class ParallelPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a mixture of experts lies over processes (TED, arXiv:2303.06318).
+
+    `tensor` and `expert` are the sizes of those groups; the other processes are data parallel.
+    `drops_duplicates` has the ranks of a tensor group send a share of the tokens each, and
+    `keeps_collectives` keeps what collectives gave for the recomputation. The optimizer steps
+    `tile` parameters at a time.
+    """
+
+    tensor: int = 1
+    expert: int = 1
+    drops_duplicates: bool = True
+    keeps_collectives: bool = True
+    recomputes: bool = True
+    tile: int = 178_956_971
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "expert", "tile"):
+            _in_range(f"parallel.{name}", getattr(self, name), 1, 2**40)
+
+
 class DataPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is learned from: a data set by name, and who is kept for testing.
 
@@ -137,12 +158,23 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     optimizer: OptimizerPlan = OptimizerPlan()
     checkpoint: CheckpointPlan = CheckpointPlan()
     sparse: SparsePlan | None = None
+    parallel: ParallelPlan | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.moe is None):
             raise ConfigError(
                 "a training has a [model] of the zoo or a mixture of experts in [moe]; expected "
                 "one of them: give one"
+            )
+        if self.parallel is not None and self.moe is None:
+            raise ConfigError(
+                "[parallel] splits the experts of a mixture, and the plan has a [model] of the "
+                "zoo; that trains data parallel on any number of processes: leave [parallel] out"
+            )
+        if self.parallel is not None and self.sparse is not None:
+            raise ConfigError(
+                "[parallel] and [sparse] are both given; expected one: a mask is of whole tensors, "
+                "and shards would each need their own part of it: leave one out"
             )
         _in_range("balance", self.balance, 0.0, 100.0)
         _in_range("epochs", self.epochs, 1, 100_000)

@@ -24,7 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cloud.trainers.checkpoints import Checkpoints, digest_of
-from cloud.trainers.loop import COMPUTE, Place, Trainer, Watcher, steps_each_epoch
+from cloud.trainers.loop import COMPUTE, Place, State, Trainer, Watcher, steps_each_epoch
+from cloud.trainers.parallel.mesh import open_mesh, shape_for
+from cloud.trainers.parallel.parallelize import parallelize
+from cloud.trainers.parallel.state import ShardedState
 from cloud.trainers.plans import SparsePlan, TrainPlan
 from cloud.trainers.sparse.masks import (
     EarlyBird,
@@ -38,6 +41,7 @@ from cloud.trainers.sparse.masks import (
 from cloud.trainers.state import TrainingState
 from cloud.trainers.task import Task, judge
 from cloud.trainers.tasks import open_task
+from federation.errors import ConfigError
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,22 +120,47 @@ def _trainer(
     folder: str,
     watchers: Sequence[Watcher],
 ) -> Trainer:
-    state = TrainingState(
-        task.model,
-        plan.optimizer,
-        masks={name: mask.to(setting.device) for name, mask in masks.items()},
-        compute=COMPUTE[plan.precision],
-        group=setting.place.group,
-    )
+    state, place = _state(plan, task, masks, setting)
     return Trainer(
         plan,
         task,
         state,
-        place=setting.place,
+        place=place,
         checkpoints=Checkpoints(setting.out / folder, digest_of(plan)),
         watchers=watchers,
         clock=setting.clock,
     )
+
+
+def _state(plan: TrainPlan, task: Task, masks: Masks, setting: Setting) -> tuple[State, Place]:
+    """The state of the task's model on this rank, and the rank's share of each batch."""
+    place, compute = setting.place, COMPUTE[plan.precision]
+    if plan.parallel is None or plan.moe is None:
+        on_device = {name: mask.to(setting.device) for name, mask in masks.items()}
+        whole = TrainingState(
+            task.model, plan.optimizer, masks=on_device, compute=compute, group=place.group
+        )
+        return whole, place
+    if place.group is None:
+        raise ConfigError(
+            "[parallel] lays a model over processes, and this is the only one: start it with "
+            "torchrun --nproc-per-node, or leave [parallel] out"
+        )
+    parallel = plan.parallel
+    n_experts = plan.moe.n_experts
+    shape = shape_for(
+        place.ranks, tensor=parallel.tensor, expert=parallel.expert, n_experts=n_experts
+    )
+    mesh = open_mesh(shape, setting.device.type)
+    parallelize(
+        task.model,
+        mesh,
+        drops_duplicates=parallel.drops_duplicates,
+        keeps_collectives=parallel.keeps_collectives,
+        recomputes=parallel.recomputes,
+    )
+    shards = ShardedState(task.model, mesh, plan.optimizer, compute=compute, tile=parallel.tile)
+    return shards, Place(mesh.data_rank, shape.data, mesh.data, leads=place.leads)
 
 
 def _ticket(
@@ -181,7 +210,7 @@ def _draw(
         for epoch in range(1, sparse.at_most + 1):
             trainer.run(until=epoch * each)
             path = seen / f"epoch-{epoch:04d}.masks"
-            if setting.place.rank == 0 and not path.exists():
+            if setting.place.leads and not path.exists():
                 seen.mkdir(parents=True, exist_ok=True)
                 save_masks(prune(), path)
             setting.place.wait()
@@ -190,7 +219,7 @@ def _draw(
             if watch.has_settled:
                 break
         weights = trainer.state.weights()
-    if setting.place.rank == 0:
+    if setting.place.leads:
         setting.out.mkdir(parents=True, exist_ok=True)
         save_file({name: t.cpu().contiguous() for name, t in weights.items()}, start)
         save_masks(masks, drawn)

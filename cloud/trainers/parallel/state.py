@@ -114,7 +114,7 @@ class ShardedState:
         mine = torch.empty_like(share.master, dtype=self._compute)
         if dist.get_world_size(share.group) == 1:
             return mine.copy_(share.gradient)
-        dist.reduce_scatter_tensor(mine, share.gradient, group=share.group)
+        dist.reduce_scatter_single(mine, share.gradient, group=share.group)
         self.reduced_bytes += share.gradient.numel() * share.gradient.element_size()
         return mine
 
@@ -214,7 +214,7 @@ def _publish(share: Share, compute: torch.dtype) -> None:
     share.flat[share.own] = share.master.to(compute)
     if dist.get_world_size(share.group) > 1:
         mine = share.flat[share.own].clone()
-        dist.all_gather_into_tensor(share.flat, mine, group=share.group)
+        dist.all_gather_single(share.flat, mine, group=share.group)
 
 
 def _vectors(share: Share) -> dict[str, Tensor]:
@@ -231,7 +231,7 @@ def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     if dist.get_world_size(group) == 1:
         return mine
     whole = torch.empty(len(mine) * dist.get_world_size(group), dtype=mine.dtype)
-    dist.all_gather_into_tensor(whole, mine.contiguous(), group=group)
+    dist.all_gather_single(whole, mine.contiguous(), group=group)
     return whole
 
 
