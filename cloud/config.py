@@ -1,5 +1,6 @@
 """What an operator writes: `hub.toml` for the hub, `run.toml` for one run of training."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -127,12 +128,49 @@ class ReleasePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
 
 
+class PlanningChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How rounds are planned where `selection` is "plan".
+
+    The devices share `uplink_bytes_per_s` on their way to the hub. A plan is good enough within
+    `tolerance` of the proven bound, and is the best known after `time_limit_s`. The others weigh
+    the round's time, the devices' energy and what their updates are worth.
+    """
+
+    uplink_bytes_per_s: float = 1e6
+    tolerance: float = 1e-3
+    time_limit_s: float = 0.5
+    makespan: float = 1.0
+    energy: float = 1.0
+    accuracy: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("uplink_bytes_per_s", "time_limit_s"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"planning.{name} is {getattr(self, name)}; expected more than 0: correct it"
+                )
+        for name in ("tolerance", "makespan", "energy", "accuracy"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"planning.{name} is {getattr(self, name)}; expected 0 or more: correct it"
+                )
+
+
 class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run of training, as `run.toml` says it.
 
     `evaluation` is a folder of `.npz` or `.csv` files the hub measures each new model on.
     `seed` decides the initial weights, who is chosen, and the order of batches. `selection` says
-    how: each with the same chance, or by what their twins forecast.
+    how: each with the same chance, by what their twins forecast, or by a plan that also says how
+    fast each may send.
+
+    With `stand_in` a device that drops out of a round is stood in for by its digital agent, where
+    its owner and the method allow it.
+
+    With `mirror` devices whose owners allow it are asked for their data, and nothing is trained. Of
+    a method whose models are personal, `students` gives devices another model than `model`, and
+    `teaching` is the digest of what a teacher prepared for them (`headwater-hub teach`). Devices
+    named in `at_twin` do not train: they fetch what their twins learned, and echo it.
     """
 
     name: str
@@ -143,7 +181,8 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     training: TrainingPlan = TrainingPlan()
     uplink: UplinkPlan = UplinkPlan()
     release: ReleasePlan = ReleasePlan()
-    selection: Literal["uniform", "forecast"] = "uniform"
+    selection: Literal["uniform", "forecast", "plan"] = "uniform"
+    planning: PlanningChoice = PlanningChoice()
     evaluation: Path | None = None
     seed: int = 0
     mirror: bool = False

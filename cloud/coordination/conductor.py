@@ -21,7 +21,7 @@ from cloud.coordination.facts import (
 from cloud.coordination.fleet import Fleet
 from cloud.coordination.outbox import Outbox
 from cloud.coordination.rounds import OPEN, Attempt, Status, Wait
-from cloud.coordination.run import ActiveRun, attempt_id, parse_attempt
+from cloud.coordination.run import NO_PACES, ActiveRun, attempt_id, parse_attempt
 from cloud.coordination.standing_in import LABEL, StandingIn
 from federation.protocol import messages as m
 from federation.protocol.effects import Link
@@ -119,7 +119,8 @@ class Conductor:
             return False
         excluded, unnamed = self._excluded(selection)
         levels = {name: self._fleet.level(name) for name in selection.chosen}
-        opened = run.open_round(levels, now)
+        planned = selection.planned
+        opened = run.open_round(levels, now, paces=planned.paces if planned else NO_PACES)
         self._outbox.note(
             RoundOpened(
                 run=run.plan.name,
@@ -129,6 +130,7 @@ class Conductor:
                 attempts=tuple(opened.attempts.values()),
                 excluded=excluded,
                 unnamed=unnamed,
+                planned=planned,
                 at=now,
             )
         )

@@ -12,6 +12,7 @@ from cloud.config import RunPlan
 from cloud.coordination.rounds import Attempt, Status
 from federation.protocol.messages import Capability, Content, Release, Report, Verdict
 from federation.protocol.wishes import DesiredState
+from optimizer.selection import Planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class RunEnded:
 
 @dataclass(frozen=True, slots=True)
 class RoundOpened:
-    """A round has begun: who was asked, and who was not and why."""
+    """A round has begun: who was asked, and who was not and why; `planned` if a plan chose."""
 
     run: str
     round: int
@@ -77,6 +78,7 @@ class RoundOpened:
     excluded: dict[str, str]
     at: float
     unnamed: dict[str, int] = field(default_factory=dict)
+    planned: Planned | None = None
 
 
 @dataclass(frozen=True, slots=True)

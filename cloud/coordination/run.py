@@ -5,7 +5,9 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
+import msgspec
 import numpy as np
 
 from cloud.config import RunPlan
@@ -29,6 +31,9 @@ from federation.protocol.messages import (
 )
 from federation.protocol.mirror import MIRROR
 from federation.protocol.transfer import content_of
+
+NO_PACES: Mapping[str, float] = MappingProxyType({})
+"""Everybody sends as fast as the link takes it."""
 
 CHUNK_BYTES = 64 * 1024
 """How models are cut on their way down: passes every broker's default limit but one."""
@@ -94,6 +99,7 @@ class ActiveRun:
         self._asked = dict(memory.asked)
         self._inline_bytes = sys.maxsize if shares_memory else INLINE_BYTES
         self._plans: dict[str, LocalPlan] = {}
+        self._paces: Mapping[str, float] = NO_PACES
         self.round: Round | None = None
         if memory.is_open:
             self.round = Round(
@@ -121,9 +127,15 @@ class ActiveRun:
         """The generator that chooses devices for the round to come."""
         return np.random.default_rng([self.plan.seed, self.number + 1])
 
-    def open_round(self, levels: Mapping[str, int], now: float) -> Round:
-        """Begin the next round with these devices, each with its capability's level."""
+    def open_round(
+        self, levels: Mapping[str, int], now: float, *, paces: Mapping[str, float] = NO_PACES
+    ) -> Round:
+        """Begin the next round with these devices, each with its capability's level.
+
+        `paces` bounds what a device sends, in bytes a second. A hub that restarts forgets them.
+        """
         self.number += 1
+        self._paces = paces
         self.gathering_since = None
         self._contributions = {
             name: kept for name, kept in self._contributions.items() if kept.round < self.number
@@ -203,7 +215,10 @@ class ActiveRun:
             weight_decay=training.weight_decay,
             seed=seed,
             layers=part.layers,
-            uplink=self.plan.uplink.as_letter(),
+            uplink=msgspec.structs.replace(
+                self.plan.uplink.as_letter(),
+                pace=self._paces.get(device, self.plan.uplink.pace),
+            ),
             params=self._params,
         )
 

@@ -63,10 +63,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Uplink(msgspec.Struct, frozen=True, kw_only=True):
     """What an update looks like on its way to the hub.
 
-    With `delta` the difference to the base travels. `top_k` is the share of each tensor's entries
-    that travel, the largest first, above 0 to 1; below 1 it needs `delta`. With `residual` the
-    device remembers what did not travel and adds it next time: error feedback (arXiv:1901.09847).
-    `pace` bounds the bytes a second that are sent (0: as the link takes them).
+    With `delta` the difference to the base travels. `top_k`, above 0 to 1, is the share of entries
+    that travel, the largest; below 1 it needs `delta`. With `residual` a device adds next time what
+    did not travel (arXiv:1901.09847). `pace` bounds the bytes sent a second (0: as the link can).
     """
 
     encoding: Literal["dense", "int8"] = "dense"
