@@ -33,8 +33,9 @@ BIG = DecoderConfig(
 )  # fmt: skip
 """64 experts of 1.6 MB: 100 MB, so that other memory is small beside it."""
 
-NOT_EXPERTS_BYTES = 16 << 20
-"""Allowed beside the budget: the dense part, the cache of keys, and what allocators keep."""
+NOT_EXPERTS_BYTES = 32 << 20
+"""Allowed beside the budget, whatever its size: the dense part, the cache of keys, modules that
+are imported with the first model. About 24 MiB were measured with each budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ def _rows(case: str, asked: Asked, found: list[Found], whole: list[Found]) -> li
     allowed = (budget + NOT_EXPERTS_BYTES) * mib if budget else None
     rows.append(
         claim(
-            f"{name}: process grew by", grown, "MiB",
+            f"{name}: own memory of the process grew by", grown, "MiB",
             peer=WHOLE, peer_value=whole_grown, goal=allowed,
         )
     )  # fmt: skip

@@ -35,9 +35,10 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """What it took. `grown_bytes` is resident memory (RSS) over that before the model was opened.
+    """What it took. `grown_bytes`: its own resident memory over that before the model was opened.
 
-    `digest` is of the logits: the sum of their bits.
+    Own memory is all but pages of files, which the system may take back: libraries, mapped
+    checkpoints. `digest` is of the logits: the sum of their bits.
     """
 
     cpu_s: float
@@ -56,7 +57,7 @@ def serve(asked: Asked) -> Found:
     torch.set_num_threads(1)
     _use_torch(asked.kernel)
     process = psutil.Process()
-    before = process.memory_info().rss
+    before = _own_bytes(process)
     model, store = _open(asked)
     rows = torch.randint(
         model.config.vocabulary_size, (2, asked.passes, STREAMS),
@@ -68,7 +69,7 @@ def serve(asked: Asked) -> Found:
     digest = _run(model, rows[1])
     cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - began_s
     gc.collect()
-    grown = process.memory_info().rss - before
+    grown = _own_bytes(process) - before
     after = store.counters() if store else None
     uses, hits, foreseen, stall_s = 1, 1, 0, 0.0
     if counted and after:
@@ -118,6 +119,11 @@ def _run(model: DecoderLM, rows: torch.Tensor) -> int:
         logits = model.step(tokens, torch.full((STREAMS,), step), slots, cache)
         digest += int(logits.view(torch.int32).sum(dtype=torch.int64))
     return digest
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def _use_torch(kernel: str) -> None:
