@@ -4,6 +4,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from federation.commands import MOE, further
 from federation.errors import HeadwaterError
 
 
@@ -13,9 +14,11 @@ def main() -> None:
         signal.signal(number, _end_now)
     try:
         # It takes a while to load: Ctrl-C meanwhile shall end it without a word.
-        from moe_serving.commands import with_extensions
+        from moe_serving.commands import app
 
-        with_extensions()()
+        for name, verb in further(MOE, sys.argv[1:]):
+            app.command(name=name)(verb)
+        app()
     except HeadwaterError as error:
         sys.stderr.write(f"headwater-moe: {error}\n")
         sys.exit(2)

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +24,6 @@ app = typer.Typer(
 
 UNFINISHED = 3
 """Exit code when the grace period was over before every accepted request was finished."""
-
-EXTENSIONS = "headwater.moe.commands"
-"""The group of entry points that give further verbs: who serves models need not train them."""
 
 Config = Annotated[Path, typer.Argument(help="The server's file, moe.toml.")]
 
@@ -76,13 +72,6 @@ def show(
         others = len(versions(repository, name)) - 1
         note = f", {found.about.note}" if found.about.note else ""
         _say(f"{name} {found.version} ({found.about.kind}{note}), {others} earlier")
-
-
-def with_extensions() -> typer.Typer:
-    """The command line with the verbs that other installed packages bring."""
-    for found in sorted(entry_points(group=EXTENSIONS)):
-        app.command(found.name)(found.load())
-    return app
 
 
 def _say(line: str) -> None:
