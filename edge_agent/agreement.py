@@ -27,7 +27,7 @@ MEMORY = 200.0
 PRICE_STEP = 0.03
 """How far one window moves the price."""
 
-SLACK = 20
+SLACK = 10
 """Windows by whose share the share may be overdrawn, so that a start in doubt can ask."""
 
 _DOUBTS = tuple(0.5 ** ((place + 0.5) / 2) for place in range(BINS))

@@ -2,7 +2,8 @@
 
 Each window is answered by the device's own model. Where its calibrated confidence is low, the
 link is up and the budget allows, the hub's model is asked, and its answer stands if it comes
-before the deadline; else the device's does. Nothing here waits for longer than one deadline a call,
+before the deadline; else the device's does. What it said teaches a correction of the device's own
+model for this wearer. Nothing here waits for longer than one deadline a call,
 and a hub that is silent is left alone for a while. No torch.
 """
 
@@ -21,6 +22,7 @@ from edge_agent.agreement import Agreement, AgreementState, Choice
 from edge_agent.calibration import probabilities
 from edge_agent.cascade_config import CascadeConfig
 from edge_agent.cascade_report import CascadeReport, Tally
+from edge_agent.correction import Correction, Example
 
 Windows: TypeAlias = NDArray[np.float32]
 Source: TypeAlias = Literal["local", "hub", "cache"]
@@ -58,11 +60,19 @@ Ask: TypeAlias = Callable[[Windows, float], Advice | NoAdvice]
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """The device's own model: logits (N, classes) of windows, labels, and its temperature."""
+    """The device's own model: logits (N, classes) of windows, labels, and its temperature.
+
+    `labelled` are windows of this wearer and their classes, which it was not trained on.
+    """
 
     predict: Callable[[Windows], NDArray[np.float32]]
     labels: tuple[str, ...]
     temperature: float = 1.0
+    labelled: tuple[Windows, NDArray[np.int64]] | None = None
+
+    def calibrated(self, windows: Windows) -> NDArray[np.float64]:
+        """Its logits (N, classes), divided by the temperature."""
+        return self.predict(windows).astype(np.float64) / self.temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +87,15 @@ class Answered:
 class CascadeState(msgspec.Struct, frozen=True, kw_only=True):
     """What a device keeps between two starts: what was learned, and the bytes it may send.
 
-    `allowance` is in bytes, as of the moment `at` in seconds since 1970.
+    `allowance` is in bytes, as of the moment `at` in seconds since 1970. `examples` taught the
+    correction of the device's model that `model` names.
     """
 
     agreement: AgreementState = AgreementState()
     allowance: float = -1.0
     at: float = 0.0
+    model: str = ""
+    examples: tuple[Example, ...] = ()
 
 
 class Cascade:
@@ -119,12 +132,19 @@ class Cascade:
         self._version = 0
         self._pause_s, self._silent_until = FIRST_PAUSE_S, 0.0
         self._tally = Tally()
+        self._model, self._correction = state.model, Correction(state.examples)
+        if config.corrects and student.labelled is not None and not state.examples:
+            self._study(student.labelled)
 
     @property
     def state(self) -> CascadeState:
         """What to keep for the next start."""
         return CascadeState(
-            agreement=self._agreement.state, allowance=self._allowance, at=self._filled_at
+            agreement=self._agreement.state,
+            allowance=self._allowance,
+            at=self._filled_at,
+            model=self._model,
+            examples=self._correction.examples,
         )
 
     def report(self) -> CascadeReport:
@@ -143,7 +163,8 @@ class Cascade:
 
     def _answer_part(self, windows: Windows) -> list[Answered]:
         began = self._clock()
-        shares = probabilities(self._student.predict(windows), self._student.temperature)
+        logits = self._student.calibrated(windows)
+        shares = probabilities(self._correction.apply(windows, logits), 1.0)
         keys = [_digest(window) for window in windows]
         answers = [
             self._known.get(key) or self._own(row) for key, row in zip(keys, shares, strict=True)
@@ -160,8 +181,21 @@ class Cascade:
                 self._agreement.hear(confidence[place], agreed=agreed)
                 self._tally.hear(agreed=agreed)
                 self._remember(keys[place], answer)
+                self._teach(windows[place], logits[place], answer.label)
                 answers[place] = answer
         return answers
+
+    def _study(self, labelled: tuple[Windows, NDArray[np.int64]]) -> None:
+        """Learn from the wearer's own labels before the hub has said anything."""
+        logits = self._student.calibrated(labelled[0])
+        for window, row, answer in zip(labelled[0], logits, labelled[1], strict=True):
+            self._correction.learn(window, row, int(answer))
+
+    def _teach(self, window: Windows, logits: NDArray[np.float64], label: str) -> None:
+        """Learn from the hub's answer, if it is one the device could have given."""
+        names = self._student.labels or tuple(map(str, range(len(logits))))
+        if self._config.corrects and label in names:
+            self._correction.learn(window, logits, names.index(label))
 
     def _own(self, shares: NDArray[np.float64]) -> Answered:
         best = int(shares.argmax())

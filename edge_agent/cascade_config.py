@@ -26,6 +26,7 @@ class CascadeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         cached: how many of the hub's answers are remembered.
         calibration: a folder of labelled samples, as `data.folder`, that the device's model was
             not trained on; its confidence is calibrated with them (None: taken as it is).
+        corrects: whether the hub's answers teach the device to correct its own model.
     """
 
     model: str
@@ -38,6 +39,7 @@ class CascadeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     datatype: Literal["FP16", "FP32"] = "FP16"
     cached: int = 1024
     calibration: Path | None = None
+    corrects: bool = True
 
     def __post_init__(self) -> None:
         try:

@@ -56,7 +56,8 @@ def predict_file(
     predictor = Predictor(found[1])
     samples = _read_samples(file)
     if config.cascade is not None:
-        yield from _cascade(config, config.cascade, predictor, samples, tell)
+        state = _state(config.folder / STATE_FILE, found[0].content.digest)
+        yield from _cascade(config, config.cascade, predictor, state, samples, tell)
         return
     for row in probabilities(predictor.predict(samples), 1.0):
         best = int(row.argmax())
@@ -68,20 +69,21 @@ def _cascade(
     config: AgentConfig,
     settings: CascadeConfig,
     predictor: "Predictor",
+    state: CascadeState,
     samples: NDArray[Any],
     tell: Callable[[CascadeReport], object],
 ) -> Iterator[str]:
     from edge_agent.asking import HubAsker
 
     clock, rng = steady_clock(), random.Random()  # noqa: S311 -- jitter, exploration
-    student = Student(predictor.predict, predictor.labels, _temperature(predictor, settings))
+    student = _student(predictor, settings)
     kept = config.folder / STATE_FILE
     with ExitStack() as stack:
         asker = HubAsker(config, settings, password=password(), clock=clock, rng=rng)
         stack.enter_context(asker)
         if not asker.wait_until_up(settings.deadline_s):
             _log.warning("broker not reached url=%s; the device answers alone", config.broker)
-        cascade = Cascade(student, asker, settings, state=_state(kept), clock=clock, rng=rng)
+        cascade = Cascade(student, asker, settings, state=state, clock=clock, rng=rng)
         stack.callback(
             lambda: write_sealed(kept, msgspec.msgpack.encode(cascade.state)),
         )
@@ -92,24 +94,27 @@ def _cascade(
         tell(cascade.report())
 
 
-def _temperature(predictor: "Predictor", settings: CascadeConfig) -> float:
-    """The temperature that labelled samples of this device ask for; 1 without such samples."""
+def _student(predictor: "Predictor", settings: CascadeConfig) -> Student:
+    """The device's model, calibrated with labelled samples of this device where there are any."""
     if settings.calibration is None:
-        return 1.0
+        return Student(predictor.predict, predictor.labels)
     from federation.learning.data import load_folder
 
-    labelled = load_folder(settings.calibration)
-    temperature = fit_temperature(predictor.predict(labelled.x), labelled.y)
-    _log.info("calibrated temperature=%.3f samples=%d", temperature, labelled.samples)
-    return temperature
+    found = load_folder(settings.calibration)
+    temperature = fit_temperature(predictor.predict(found.x), found.y)
+    _log.info("calibrated temperature=%.3f samples=%d", temperature, found.samples)
+    return Student(predictor.predict, predictor.labels, temperature, (found.x, found.y))
 
 
-def _state(path: Path) -> CascadeState:
-    """What an earlier start has learned; a new beginning where that is absent or unreadable."""
+def _state(path: Path, model: str) -> CascadeState:
+    """What an earlier start has learned; what it learned about another model is left behind."""
     try:
-        return msgspec.msgpack.decode(peek_sealed(path) or b"", type=CascadeState)
+        state = msgspec.msgpack.decode(peek_sealed(path) or b"", type=CascadeState)
     except msgspec.DecodeError:
-        return CascadeState()
+        return CascadeState(model=model)
+    if state.model == model:
+        return state
+    return CascadeState(allowance=state.allowance, at=state.at, model=model)
 
 
 def _read_samples(file: Path) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from edge_agent.agreement import SLACK, Agreement, AgreementState
 from edge_agent.calibration import fit_temperature, probabilities
 from edge_agent.cascade import Advice, Cascade, CascadeState, NoAdvice, Student
 from edge_agent.cascade_config import CascadeConfig
+from edge_agent.correction import Correction, Example
 from federation.errors import ConfigError, DataError
 
 LABELS = ("bent", "straight", "turned")
@@ -62,7 +63,7 @@ def better(x):
 
 
 def build(hub, *, state=None, predict=predict, **options):
-    config = CascadeConfig(model="watch", **options)
+    config = CascadeConfig(model="watch", **({"corrects": False} | options))
     return Cascade(
         Student(predict, LABELS),
         hub,
@@ -202,6 +203,43 @@ def test_gain_falls_with_confidence_and_the_share_holds(draws, share):
 
     assert all(0 <= after <= before + 1e-12 for before, after in pairwise(gains))
     assert agreement.state.sent <= share * (len(draws) + SLACK)
+
+
+def biased(x):
+    """Somebody who wears the device so that all looks a little like the first class."""
+    return predict(x) + np.array([[2.5, 0.0, 0.0]], np.float32)
+
+
+def test_the_hubs_answers_teach_the_device(hub):
+    """A wearer whom the device's model misjudges is known better for what was asked."""
+    hub_says = lambda x, _: Advice(4 * predict(x), LABELS, 1, 1, 1)  # noqa: E731
+    learning, fixed = (
+        build(hub, predict=biased, corrects=corrects, share=0.2) for corrects in (True, False)
+    )
+    wrong = []
+    for cascade in (learning, fixed):
+        cascade._ask = hub_says
+        said = cascade.answer(windows(600))[200:]
+        right = predict(windows(600)).argmax(1)[200:]
+        wrong.append(sum(a.label != LABELS[c] for a, c in zip(said, right, strict=True)))
+
+    assert wrong[0] < 0.5 * wrong[1]
+    assert learning.report().agreement > fixed.report().agreement
+
+
+def test_a_correction_outlives_a_restart_but_not_its_model():
+    """Examples as bytes and back correct alike; what does not fit them is left out."""
+    taught, x = Correction(), windows(60)
+    logits = biased(x).astype(np.float64)
+    for window, row, answer in zip(x, logits, predict(x).argmax(1), strict=True):
+        taught.learn(window, row, int(answer))
+    broken = Example(figures=b"123", logits=b"", answer=0)
+
+    again = Correction((*taught.examples, broken))
+
+    np.testing.assert_allclose(again.apply(x, logits), taught.apply(x, logits), atol=1e-4)
+    assert len(again.examples) == 60
+    assert np.array_equal(Correction().apply(x, logits), logits)
 
 
 def test_the_temperature_is_the_one_of_least_loss():
