@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 import random
 import sys
@@ -19,7 +20,6 @@ from benchmarks.claims import CACHE, Claim, Options, claim, main
 from benchmarks.fleet import ONE_THREAD, running
 from benchmarks.processes import wait_until
 from cloud.broker import start_broker
-from cloud.trainers.checkpoints import digest_of
 from cloud.trainers.loop import Place
 from cloud.trainers.plans import TrainPlan
 from cloud.trainers.publishing import MODELS, publish
@@ -113,11 +113,13 @@ def federated(found: DataSet) -> bytes:
 
 def _experts(options: Options) -> Path:
     """The repository with the ready plan's model, trained if it was not before."""
-    plan = read_config(find_plan(Path("watch")), TrainPlan)
+    file = find_plan(Path("watch"))
+    plan = read_config(file, TrainPlan)
     if options.is_quick:
         data = msgspec.structs.replace(plan.data, copies=QUICK_COPIES)
         plan = msgspec.structs.replace(plan, data=data)
-    home = CACHE / f"benchmark-experts-{digest_of(plan)[:12]}"
+    told = hashlib.sha256(file.read_bytes() + bytes([plan.data.copies])).hexdigest()
+    home = CACHE / f"benchmark-experts-{told[:12]}"
     if not versions(home / MODELS, plan.name):
         options.tell("experts: training the ready plan `watch`; kept for the next time")
         setting = Setting(home / "training", cache_folder(os.environ), Place(), torch.device("cpu"))
