@@ -65,6 +65,54 @@ class Watcher(Protocol):
         ...
 
 
+class Technique(Protocol):
+    """Passes forward in place of the task, is told of each step, and has state to be kept."""
+
+    def forward(self, x: Tensor, places: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        """As the task's, of the samples at these places."""
+        ...
+
+    def after(self, step: Step) -> None:
+        """One step is done, on every rank."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it, by names no other has."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+        ...
+
+    def close(self) -> None:
+        """The training is over."""
+        ...
+
+
+class Plain:
+    """No technique: the task's own pass, and no state."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def forward(self, x: Tensor, _: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        """The task's."""
+        return self._task.forward(x)
+
+    def after(self, step: Step) -> None:
+        """Nothing changes."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to go on from."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def steps_each_epoch(plan: TrainPlan, samples: int) -> int:
     """How many whole batches an epoch has; what is left over waits for the next order.
 
@@ -132,6 +180,8 @@ class State(Protocol):
 class Trainer:
     """Trains one task on this rank; a step at a time, or to the end.
 
+    A technique may be put in place of the plain one before the first step.
+
     Args:
         plan: how; its optimizer's rate is set for every step.
         task: what; its model is trained in place.
@@ -157,6 +207,7 @@ class Trainer:
         self.plan, self.task, self.state, self.place = plan, task, state, place
         self.steps = plan.epochs * steps_each_epoch(plan, len(task.train))
         self.done = 0
+        self.technique: Technique = Plain(task)
         self._checkpoints, self._watchers, self._clock = checkpoints, tuple(watchers), clock
         self._compute = COMPUTE[plan.precision]
         self.spent_s = 0.0
@@ -171,6 +222,7 @@ class Trainer:
         moment = self._checkpoints.newest() if self._checkpoints is not None else None
         if moment is not None:
             self.state.load(moment.tensors)
+            self.technique.load(moment.tensors)
             self.done, self.spent_s = moment.facts.step, moment.facts.seconds
         return self.done
 
@@ -187,6 +239,10 @@ class Trainer:
             self._step()
             if self.done % self.plan.checkpoint.every_steps == 0 and self.done < self.steps:
                 self._keep()
+
+    def close(self) -> None:
+        """Let go of what the technique holds beside the training."""
+        self.technique.close()
 
     def _step(self) -> None:
         began = self._clock()
@@ -207,13 +263,15 @@ class Trainer:
         self.done += 1
         spent = self._clock() - began
         self.spent_s += spent
+        step = Step(self.done, self.steps, loss, rate, spent)
+        self.technique.after(step)
         for watch in self._watchers:
-            watch(Step(self.done, self.steps, loss, rate, spent))
+            watch(step)
 
     def _backward(self, places: NDArray[np.int64], weight: float) -> float:
         """Add the gradient of these samples, as a share of this rank's batch; their loss so."""
         x, y = self.task.train.batch(places)
-        outputs, penalty = self.task.forward(as_input(x, self._compute))
+        outputs, penalty = self.technique.forward(as_input(x, self._compute), places)
         loss = self.task.loss(outputs.float(), y)
         loss = (loss if penalty is None else loss + penalty) * weight
         loss.backward()  # type: ignore[no-untyped-call]

@@ -96,6 +96,60 @@ class ParallelPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             _in_range(f"parallel.{name}", getattr(self, name), 1, 2**40)
 
 
+class FreezingPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which modules stop training, from the front (Egeria, arXiv:2201.06227), and when.
+
+    `rule` is `settled` (ours), `signed` or `absolute` (the paper's, two readings of it), `times`
+    (each module at its share of the training, whatever it has learned) or `freeze-out` (rates of
+    their own, arXiv:1706.04983). A reading is taken of `samples` samples every `every` steps (0:
+    the paper's guideline); `window`, `tolerance`, `share` and `patience` are the rule's. Nothing
+    freezes while the loss still changes by more than `critical` (a share) from one reading to the
+    next. Where the rate falls in steps, a fall to 1 / `unfreeze` lets all train again.
+
+    The model is cut into `modules` (0: as many as it has). What frozen ones say is kept on disk
+    in up to `cache_mb`. The reference is asked beside the training, or (`is_asynchronous` false)
+    in it, so that a second run gives the same.
+    """
+
+    rule: Literal["settled", "signed", "absolute", "times", "freeze-out"] = "settled"
+    modules: int = 0
+    every: int = 0
+    window: int = 10
+    tolerance: float = 0.2
+    share: float = 0.3
+    patience: int = 2
+    critical: float = 0.1
+    unfreeze: float = 10.0
+    samples: int = 32
+    reference: Literal["int8", "float32"] = "int8"
+    is_asynchronous: bool = True
+    cache_mb: int = 2048
+    times: tuple[float, ...] = ()
+    first: float = 0.5
+
+    def __post_init__(self) -> None:
+        for field in ("tolerance", "share", "critical"):
+            _in_range(f"freezing.{field}", getattr(self, field), 0.0, 1.0)
+        _in_range("freezing.modules", self.modules, 0, 10_000)
+        _in_range("freezing.every", self.every, 0, 2**31)
+        _in_range("freezing.window", self.window, 2, 1000)
+        _in_range("freezing.patience", self.patience, 1, 1000)
+        _in_range("freezing.samples", self.samples, 2, 4096)
+        _in_range("freezing.cache_mb", self.cache_mb, 0, 2**31)
+        _in_range("freezing.first", self.first, 0.01, 1.0)
+        _above("freezing.unfreeze", self.unfreeze, 1.0)
+        if (self.rule == "times") != bool(self.times):
+            raise ConfigError(
+                'freezing.times goes with freezing.rule = "times", and only with it: give both or '
+                "neither"
+            )
+        if list(self.times) != sorted(self.times):
+            raise ConfigError(
+                f"freezing.times is {list(self.times)}; modules freeze from the front, so they "
+                "must rise: sort them"
+            )
+
+
 class DataPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is learned from: a data set by name, and who is kept for testing.
 
@@ -159,6 +213,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     checkpoint: CheckpointPlan = CheckpointPlan()
     sparse: SparsePlan | None = None
     parallel: ParallelPlan | None = None
+    freezing: FreezingPlan | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.moe is None):
@@ -175,6 +230,11 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError(
                 "[parallel] and [sparse] are both given; expected one: a mask is of whole tensors, "
                 "and shards would each need their own part of it: leave one out"
+            )
+        if self.parallel is not None and self.freezing is not None:
+            raise ConfigError(
+                "[parallel] and [freezing] are both given; expected one: shards of tensors from "
+                "all over the model step together, so no module can leave: leave one out"
             )
         _in_range("balance", self.balance, 0.0, 100.0)
         _in_range("epochs", self.epochs, 1, 100_000)

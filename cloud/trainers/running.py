@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cloud.trainers.checkpoints import Checkpoints, digest_of
+from cloud.trainers.freezing.chain import Chain, chain_of
+from cloud.trainers.freezing.technique import Freezing
 from cloud.trainers.loop import COMPUTE, Place, State, Trainer, Watcher, steps_each_epoch
 from cloud.trainers.parallel.mesh import open_mesh, shape_for
 from cloud.trainers.parallel.parallelize import parallelize
@@ -97,7 +99,10 @@ def run_training(plan: TrainPlan, setting: Setting, watchers: Sequence[Watcher] 
         task.model.to(setting.device)
     trainer = _trainer(plan, task, masks, setting, "checkpoints", watchers)
     trainer.resume()
-    trainer.run()
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
     judged = judge(task, compute=COMPUTE[plan.precision])
     result = Result(
         name=plan.name,
@@ -120,8 +125,9 @@ def _trainer(
     folder: str,
     watchers: Sequence[Watcher],
 ) -> Trainer:
-    state, place = _state(plan, task, masks, setting)
-    return Trainer(
+    chain = chain_of(task.model, plan.freezing.modules) if plan.freezing is not None else None
+    state, place = _state(plan, task, masks, setting, chain)
+    trainer = Trainer(
         plan,
         task,
         state,
@@ -130,15 +136,26 @@ def _trainer(
         watchers=watchers,
         clock=setting.clock,
     )
+    if chain is not None and isinstance(state, TrainingState):
+        aside = setting.out / "activations"
+        trainer.technique = Freezing(plan, task, state, chain, folder=aside, place=place)
+    return trainer
 
 
-def _state(plan: TrainPlan, task: Task, masks: Masks, setting: Setting) -> tuple[State, Place]:
+def _state(
+    plan: TrainPlan, task: Task, masks: Masks, setting: Setting, chain: Chain | None
+) -> tuple[State, Place]:
     """The state of the task's model on this rank, and the rank's share of each batch."""
     place, compute = setting.place, COMPUTE[plan.precision]
     if plan.parallel is None or plan.moe is None:
         on_device = {name: mask.to(setting.device) for name, mask in masks.items()}
         whole = TrainingState(
-            task.model, plan.optimizer, masks=on_device, compute=compute, group=place.group
+            task.model,
+            plan.optimizer,
+            masks=on_device,
+            buckets=[module.parameters for module in chain.modules] if chain is not None else (),
+            compute=compute,
+            group=place.group,
         )
         return whole, place
     if place.group is None:
@@ -202,7 +219,7 @@ def _draw(
     watch, masks = EarlyBird(), prune()
     weights = task.model.state_dict()
     if sparse.rule == "early-bird":
-        dense = msgspec.structs.replace(plan, sparse=None, epochs=sparse.at_most)
+        dense = msgspec.structs.replace(plan, sparse=None, freezing=None, epochs=sparse.at_most)
         trainer = _trainer(dense, task, {}, setting, "dense", watchers)
         trainer.resume()
         each = steps_each_epoch(plan, len(task.train))

@@ -46,13 +46,17 @@ def make_optimizer(vector: Tensor, plan: OptimizerPlan) -> torch.optim.Optimizer
 
 @dataclass(slots=True, eq=False)
 class Bucket:
-    """A part of the model in training. `gradient` has the type the model computes with."""
+    """A part of the model in training. `gradient` has the type the model computes with.
+
+    The rate of a step is multiplied by `rate_scale`.
+    """
 
     spans: dict[str, slice]
     master: Tensor
     gradient: Tensor
     optimizer: torch.optim.Optimizer
     is_frozen: bool = False
+    rate_scale: float = 1.0
 
 
 class TrainingState:
@@ -140,7 +144,7 @@ class TrainingState:
             if bucket.master.grad is not bucket.gradient and bucket.master.grad is not None:
                 bucket.master.grad.copy_(bucket.gradient)
             for settings in bucket.optimizer.param_groups:
-                settings["lr"] = learning_rate
+                settings["lr"] = learning_rate * bucket.rate_scale
             bucket.optimizer.step()
             bucket.gradient.zero_()
             self._write_back(bucket)
