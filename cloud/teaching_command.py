@@ -21,7 +21,8 @@ def teach(
 
     folder = read_hub(hub).folder
     wanted = read_config(plan, TeachingPlan)
-    found = prepare(wanted, MirrorStore(folder / "mirrors"), Registry(folder))
+    mirrors = MirrorStore(folder / "mirrors", is_reader=True)  # The hub may be running.
+    found = prepare(wanted, mirrors, Registry(folder))
     lines = [f"# teacher {found.teacher}", f'teaching = "{found.teaching}"', "", "[students]"]
     for device, model in found.students.items():
         sizes = ", ".join(f"{name} = {size}" for name, size in model.sizes.items())

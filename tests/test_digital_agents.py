@@ -181,6 +181,33 @@ def test_a_crash_while_revoking_ends_in_deletion(tmp_path: Path) -> None:
     assert not (tmp_path / "d1.safetensors").exists()
 
 
+def test_a_crash_while_mirroring_leaves_a_ledger_that_can_be_read(tmp_path: Path) -> None:
+    """Killed amid a line or a file, the next start goes on, and what is half there goes."""
+    store_with(tmp_path, {"d1": MIRRORS["d1"]})
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:-7])  # The file is there, its line is not.
+    (tmp_path / "d1.arriving").write_bytes(b"half")
+
+    again = MirrorStore(tmp_path)
+    gone = again.revoke("d1", 7.0)
+
+    assert gone is not None
+    assert (gone.digest, gone.samples) == (sample_digest(MIRRORS["d1"]), 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.jsonl"]
+    said = [entry.what for entry in MirrorStore(tmp_path).ledger()]
+    assert said == ["allowed", "revoked", "deleted"]
+
+
+def test_a_reader_mends_nothing(tmp_path: Path) -> None:
+    """Who reads beside a hub that writes leaves alone what is on its way."""
+    store_with(tmp_path, {"d1": MIRRORS["d1"]})
+    (tmp_path / "d2.arriving").write_bytes(b"on its way")
+
+    assert MirrorStore(tmp_path, is_reader=True).devices == ("d1",)
+
+    assert (tmp_path / "d2.arriving").exists()
+
+
 def test_a_changed_ledger_is_noticed(tmp_path: Path) -> None:
     """An entry that was changed, or left out, breaks the chain of those after it."""
     store_with(tmp_path, MIRRORS)

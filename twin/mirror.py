@@ -7,9 +7,11 @@
 
 Nothing is kept of a device that was not allowed, and an allowance is for one device. Revoking
 deletes the file, and the ledger says so: digest, bytes and time of what is gone. Each entry names
-the SHA-256 of the line before it, so no entry can be changed or left out without a trace.
+the SHA-256 of the line before it, so no entry can be changed or left out without a trace; only a
+last line that a power cut left unfinished is passed over.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -38,21 +40,32 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MirrorStore:
-    """What devices mirror, below one folder. One writer at a time."""
+    """What devices mirror, below one folder. One writer at a time, and any number of readers.
 
-    def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
+    `is_reader`: somebody else writes, so what a power cut left is not mended here.
+    """
+
+    def __init__(
+        self, folder: Path, most_bytes: int = MOST_BYTES, *, is_reader: bool = False
+    ) -> None:
         self._folder = folder
         self._ledger = folder / "ledger.jsonl"
         self._most_bytes = most_bytes
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._seal, self._allowed = self._read()
-            for path in folder.glob("*.safetensors"):
-                # A power cut between the ledger's line and the deletion: finish it now.
-                if path.stem not in self._allowed:
-                    path.unlink()
+            self._seal, self._length, self._allowed = self._read()
+            if not is_reader:
+                self._mend()
         except OSError as error:
             raise _failed("open", folder, error) from error
+
+    def _mend(self) -> None:
+        """Finish what a power cut left: a deletion after its line, a file half written."""
+        for path in self._folder.glob("*.safetensors"):
+            if path.stem not in self._allowed:
+                path.unlink()
+        for path in self._folder.glob(f"*{_ARRIVING}"):
+            path.unlink()
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -159,34 +172,44 @@ class MirrorStore:
         return [entry for entry, _ in self._entries()]
 
     def _describe(self, device: str, now: float) -> Entry:
-        size_bytes = self._path(device).stat().st_size
-        last = [e for e in self.ledger() if e.device == device and e.what == "mirrored"][-1]
+        """What is about to go, by the file itself: a crash may have kept it from the ledger."""
+        path = self._path(device)
+        try:
+            payload = path.read_bytes()
+        except OSError as error:
+            raise _failed("read", path, error) from error
+        digest, samples = "", 0
+        with contextlib.suppress(CodecError, DataError):  # A damaged file goes all the same.
+            data = unpack_mirror(payload)
+            digest, samples = sample_digest(data), data.samples
         return Entry(
             what="deleted",
             device=device,
             at=now,
-            digest=last.digest,
-            samples=last.samples,
-            size_bytes=size_bytes,
+            digest=digest,
+            samples=samples,
+            size_bytes=len(payload),
         )
 
-    def _read(self) -> tuple[str, set[str]]:
-        seal, allowed = "", set[str]()
+    def _read(self) -> tuple[str, int, set[str]]:
+        """The last line's seal, the bytes of all whole lines, and who is allowed."""
+        seal, length, allowed = "", 0, set[str]()
         for entry, line in self._entries():
-            seal = hashlib.sha256(line).hexdigest()
+            seal, length = hashlib.sha256(line).hexdigest(), length + len(line) + 1
             if entry.what == "allowed":
                 allowed.add(entry.device)
             elif entry.what == "revoked":
                 allowed.discard(entry.device)
-        return seal, allowed
+        return seal, length, allowed
 
     def _entries(self) -> Iterator[tuple[Entry, bytes]]:
         try:
-            lines = self._ledger.read_bytes().splitlines() if self._ledger.is_file() else []
+            data = self._ledger.read_bytes() if self._ledger.is_file() else b""
         except OSError as error:
             raise _failed("read", self._ledger, error) from error
         seal = ""
-        for number, line in enumerate(lines, start=1):
+        # What follows the last line's end was being written when the power went: never said.
+        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
             try:
                 entry = msgspec.json.decode(line, type=Entry)
             except msgspec.DecodeError as error:
@@ -205,12 +228,13 @@ class MirrorStore:
         line = msgspec.json.encode(msgspec.structs.replace(entry, before=self._seal))
         try:
             with self._ledger.open("ab") as file:
+                file.truncate(self._length)  # A line that was cut off must not stay before it.
                 file.write(line + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise _failed("write", self._ledger, error) from error
-        self._seal = hashlib.sha256(line).hexdigest()
+        self._seal, self._length = hashlib.sha256(line).hexdigest(), self._length + len(line) + 1
 
     def _path(self, device: str) -> Path:
         if not device or not set(device) <= _NAME:
@@ -218,12 +242,13 @@ class MirrorStore:
         return self._folder / f"{device}.safetensors"
 
 
+_ARRIVING = ".arriving"
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
 def _write_whole(path: Path, payload: bytes) -> None:
     """The file is the old one or the new one, through a power cut too."""
-    arriving = path.with_suffix(".arriving")
+    arriving = path.with_suffix(_ARRIVING)
     with arriving.open("wb") as file:
         file.write(payload)
         file.flush()
