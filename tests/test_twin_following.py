@@ -191,3 +191,26 @@ def test_an_entry_that_cannot_be_read_does_not_stop_the_rest(
     assert twins.follow() == 2
 
     assert [row.shadow.device for row in twins.twins()] == ["d2"]
+
+
+def test_an_entry_of_another_shape_does_not_stop_the_twins(
+    store: Store, twins: TwinStore, registry: Registry
+) -> None:
+    """An event that holds a number for an object is left out, and those after it are followed."""
+    history = History()
+    history.born("d1", 1)
+    history.present("d1", "lost")
+    commit(store, history, registry)
+    with store._engine.begin() as connection:
+        connection.execute(
+            text(
+                "UPDATE events SET kind = 'device-reported', detail = '{\"document\": 5}' "
+                "WHERE kind = 'presence-changed'"
+            )
+        )
+    history.born("d2", 1)
+    commit(store, history, registry)
+
+    assert twins.follow() == 3
+
+    assert [row.shadow.device for row in twins.twins()] == ["d1", "d2"]

@@ -42,5 +42,9 @@ class Follower:
                 _log.warning("twins cannot follow the log, next try in %.0f s: %s", RETRY_S, error)
                 self._is_over.wait(RETRY_S)
                 continue
+            except Exception:  # the outermost loop of this thread: twins that stand still lie
+                _log.exception("twins cannot follow the log, next try in %.0f s", RETRY_S)
+                self._is_over.wait(RETRY_S)
+                continue
             if is_at_end:
                 self._is_over.wait(PAUSE_S)

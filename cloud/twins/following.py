@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
+from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.config import RunPlan
 from cloud.record.queries import EventRow
@@ -75,8 +76,10 @@ class Fold:
             return
         try:
             handler(self, event)
-        except (KeyError, TypeError, msgspec.ValidationError, TwinError) as error:
-            # An entry that another version wrote, or that was cut: the rest shall not wait.
+        except SQLAlchemyError:
+            raise  # The page is folded again once the database answers.
+        except Exception as error:  # outermost: one entry shall not keep all twins from the rest
+            # Another version wrote it, or it was cut, or its figures cannot be.
             _log.warning("event %d of kind %s left out: %r", event.id, event.kind, error)
 
     def is_known(self, device: str) -> bool:

@@ -3,11 +3,13 @@
 The twins' forecasts become an `optimizer.problem.Problem`: one student (the run's model), one power
 mode, one gateway whose uplink all share. The plan says who sits out and how many hundredths of
 the uplink each of the others gets; those become paces that the devices keep. Where no plan can
-be made, the devices are drawn by chance and keep the paces of the last plan.
+be made, the devices are drawn by chance and keep the paces of the last plan; where one has fewer
+train than the run's quorum, the others up to it are drawn by chance, without a pace.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -82,7 +84,8 @@ class RoundPlanner:
             return _planned(drawn, Planned(paces=kept, why_stopped=f"no plan: {error}"))
         self._last = made
         self._paces = paces_of(made, choice)
-        return selection_of(made, drawn, candidates, count, self._paces)
+        chosen = selection_of(made, drawn, candidates, count, self._paces)
+        return filled_up(chosen, drawn, run.policy.quorum, rng)
 
 
 def problem_of(rows: Mapping[str, TwinRow], said: Mapping[str, Forecast], run: RunPlan) -> Problem:
@@ -170,6 +173,25 @@ def selection_of(
         why_stopped=made.why_stopped,
     )
     return Selection(chosen, idle, drawn.otherwise, planned=note)
+
+
+def filled_up(
+    chosen: Selection, drawn: Selection, quorum: int, rng: np.random.Generator
+) -> Selection:
+    """The selection with at least a quorum, by more of those drawn by chance.
+
+    A plan may find that idling is best, and the next one would too: no round would ever open.
+    """
+    others = [name for name in drawn.chosen if name not in chosen.chosen]
+    missing = min(quorum - len(chosen.chosen), len(others))
+    if missing <= 0:
+        return chosen
+    more = rng.permutation(others)[:missing].tolist()
+    return replace(
+        chosen,
+        chosen=tuple(sorted([*chosen.chosen, *more])),
+        excluded={name: why for name, why in chosen.excluded.items() if name not in more},
+    )
 
 
 def _planned(drawn: Selection, note: Planned) -> Selection:

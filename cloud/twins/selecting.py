@@ -5,6 +5,7 @@ its twin is that it finishes before the deadline; a badly calibrated twin is har
 and its device is taken for an average one. `plan` is of `cloud.twins.planning`.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ LEAST = 0.02
 
 MOST = 2000
 """Of more candidates than this, so many are drawn first, and only their twins are read."""
+
+_log = logging.getLogger("headwater.twins")
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,13 @@ class Choosing:
                     now=now,
                 )
             scores = score(self.twins, task, names, now)
-        except StoreError:
-            # A round that is chosen by chance is better than none.
-            return select_uniformly(candidates, count, number, rng)
-        return select_by_forecast(scores, count, rng)
+        except StoreError as error:
+            _log.warning("devices are drawn by chance, for twins cannot be read: %s", error)
+        except Exception:  # outermost: a round chosen by chance is better than a hub that ends
+            _log.exception("devices are drawn by chance, for choosing them failed")
+        else:
+            return select_by_forecast(scores, count, rng)
+        return select_uniformly(candidates, count, number, rng)
 
 
 def score(twins: TwinStore, task: Task, names: Sequence[str], now: float) -> dict[str, float]:
