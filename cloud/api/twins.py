@@ -23,7 +23,11 @@ router = APIRouter(tags=["twins"])
 
 MOST = 1000
 
+LARGEST = 2**63 - 1
+"""Databases know no larger number."""
+
 Limit = Annotated[int, Query(ge=1, le=MOST)]
+After = Annotated[int, Query(ge=0, le=LARGEST)]
 
 
 class OutdatedError(HTTPException):
@@ -52,8 +56,8 @@ def read_twins(
 def read_twin(
     request: Request,
     device: str,
-    revision: Annotated[int | None, Query(ge=0)] = None,
-    at: float | None = None,
+    revision: Annotated[int | None, Query(ge=0, le=LARGEST)] = None,
+    at: Annotated[float | None, Query(ge=0.0, le=LARGEST)] = None,
 ) -> Response:
     """A twin as it is, or its shadow as it was at a revision or a time (seconds since 1970)."""
     row = _found(request, device)
@@ -104,7 +108,7 @@ async def patch_desired(request: Request, device: str) -> Response:
 
 @router.get("/twins/{device}/history")
 def read_history(
-    request: Request, device: str, after: int = 0, limit: Limit = 100
+    request: Request, device: str, after: After = 0, limit: Limit = 100
 ) -> dict[str, Any]:
     """What was changed, by whom and why, from the revision after this one on."""
     _found(request, device)
