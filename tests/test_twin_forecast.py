@@ -185,6 +185,7 @@ def test_joules_are_said_where_somebody_knows_them() -> None:
     assert forecast(model, TwinModel(), WORK, 0.0).energy_j is None
     assert power_of({"energy": {"training_w": "a lot"}}) is None
     assert power_of({"energy": {"training_w": -1.0}}) is None
+    assert power_of({"energy": {"training_w": 1e308}}) is None
 
 
 def test_a_trainer_is_cold_after_a_goodbye_or_a_long_pause() -> None:

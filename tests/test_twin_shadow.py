@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federation.errors import TwinConflictError, TwinError
-from twin.history import Retention, as_of_revision, as_of_time, oldest_kept
+from twin.history import as_of_revision, as_of_time
 from twin.merging import check_patch, delta, difference, is_same, leaves, merge_patch
 from twin.shadow import (
     PRESUMED_DEAD_S,
@@ -211,15 +211,6 @@ def test_history_has_no_gaps() -> None:
         apply(new(), changes[1])
     with pytest.raises(TwinError, match="leads to 3"):
         as_of_revision(new(), changes, 9)
-
-
-def test_the_past_is_kept_by_count_and_age() -> None:
-    """What stays is among the newest, and young enough."""
-    _, changes = written([edit({"a": number}, at=float(number)) for number in range(10)])
-
-    assert oldest_kept(changes, Retention(changes=4, age_s=100.0), now=9.0) == 7
-    assert oldest_kept(changes, Retention(changes=9, age_s=3.0), now=9.0) == 7
-    assert oldest_kept(changes, Retention(changes=9, age_s=1.0), now=99.0) == 11
 
 
 @given(st.floats(0, 1e7), st.floats(0, 1e7), st.floats(0, 1e6), st.booleans(), st.floats(0, 4e6))

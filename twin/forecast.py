@@ -10,13 +10,16 @@ from collections.abc import Mapping
 
 import msgspec
 
-from twin.availability import chance_stays, chance_there
+from twin.availability import chance_stays
 from twin.calibration import corrected
 from twin.estimates import Estimate, LogNormal, total
 from twin.model import TwinModel, Work
 
 FLEET_WORTH = 1.0
 """What the fleet completes counts for a device as much as so many parts of its own."""
+
+LARGEST = 1e9
+"""No device draws so many watts, or joules for 10^6 bytes: one that says so says nothing."""
 
 
 class Power(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,14 +95,6 @@ def completes(own: TwinModel, fleet: TwinModel, now: float, until: float) -> flo
     return own.completes.mean(before, FLEET_WORTH)
 
 
-def finishes_later(
-    said: Forecast, own: TwinModel, *, now: float, begins: float, before: float, is_there: bool
-) -> float:
-    """The probability that a part asked at a later moment is finished before another one."""
-    there = chance_there(own.availability, now, begins, is_there=is_there)
-    return there * said.finishes_before(before - begins)
-
-
 def _legs(
     own: TwinModel, fleet: TwinModel, work: Work, up_bytes: int, *, is_cold: bool
 ) -> list[LogNormal]:
@@ -151,4 +146,4 @@ def power_of(reported: Mapping[str, object]) -> Power | None:
     except msgspec.ValidationError:
         return None
     values = (found.training_w or 0.0, found.up_j_per_mb, found.down_j_per_mb)
-    return found if all(0.0 <= value < math.inf for value in values) else None
+    return found if all(0.0 <= value <= LARGEST for value in values) else None

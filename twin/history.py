@@ -1,6 +1,6 @@
 """A shadow as it was: at a revision or at a time, from the last snapshot and the changes since."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from federation.errors import TwinError
@@ -54,14 +54,3 @@ def as_of_time(snapshot: Shadow, changes: Iterable[Change], at: float) -> Shadow
         if change.revision > shadow.revision:
             shadow = apply(shadow, change)
     return shadow
-
-
-def oldest_kept(changes: Sequence[Change], retention: Retention, now: float) -> int:
-    """Gives the revision of the oldest change that stays; above all of them where none does."""
-    kept = [
-        change.revision
-        for change in changes[-retention.changes :]
-        if now - change.received_at <= retention.age_s
-    ]
-    newest = changes[-1].revision if changes else 0
-    return min(kept, default=newest + 1)

@@ -12,9 +12,6 @@ from simulations.what_if.plan import Change, WhatIf, named
 from twin.estimates import Estimate, LogNormal
 from twin.model import TwinModel
 
-LEAST_COMPLETED = 1
-"""A fleet of which no device ever completed so many parts tells nothing of times."""
-
 
 class Twin(msgspec.Struct, frozen=True, kw_only=True):
     """One device in a fork: what its twin says, the fleet's figures where it never saw any.
