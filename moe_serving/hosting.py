@@ -15,7 +15,7 @@ from federation.errors import HeadwaterError, StoreError
 from moe_serving.config import MoeConfig
 from moe_serving.engine import Engine, Observer
 from moe_serving.loading import Loaded, load_version
-from moe_serving.repository import models, open_version, versions
+from moe_serving.repository import check_model_name, models, open_version, versions
 from moe_serving.requests import Deliver, RefusedError, Ticket, Work
 
 State: TypeAlias = Literal["READY", "LOADING", "UNAVAILABLE"]
@@ -177,7 +177,7 @@ class Host:
         Raises:
             StoreError: It is not there, damaged, or failed its probe; who served still does.
         """
-        place = self._place(name)
+        place = self._place(check_model_name(name))
         with place.loading:
             found = version or max(versions(self.config.repository, name), default=0)
             before = place.hosted
@@ -210,6 +210,7 @@ class Host:
         Raises:
             RefusedError: `unknown`: it is not served.
         """
+        self.find(name)
         place = self._place(name)
         with place.loading:
             with self._lock:

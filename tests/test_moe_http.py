@@ -150,6 +150,18 @@ BAD = {
     "version": ("/v2/models/watch/versions/9/infer", {"inputs": [ZEROS]}, 404, "watch (9)"),
     "name": ("/v2/models/watch/infer", {"inputs": [ZEROS | {"name": "x"}]}, 422, "[0].name"),
     "shape": ("/v2/models/watch/infer", {"inputs": [ZEROS | {"shape": [1, 3, 32]}]}, 422, "shape"),
+    "endless": (
+        "/v2/models/watch/infer",
+        {"inputs": [ZEROS | {"shape": [4_000_000] * 8, "data": []}]},
+        422,
+        "shape",
+    ),
+    "nothing": (
+        "/v2/models/watch/infer",
+        {"inputs": [ZEROS | {"shape": [0, 4_000_000, 4_000_000, 4_000_000], "data": []}]},
+        422,
+        "shape",
+    ),
     "short": ("/v2/models/watch/infer", {"inputs": [ZEROS | {"data": [1.0]}]}, 422, "shape"),
     "ragged": ("/v2/models/watch/infer", {"inputs": [ZEROS | {"data": [[1], 2]}]}, 422, "data"),
     "words": ("/v2/models/watch/infer", {"inputs": [ZEROS | {"data": ["x"] * 96}]}, 422, "data"),

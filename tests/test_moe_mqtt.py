@@ -187,6 +187,13 @@ BAD = {
     "kind": (
         InferRequest(request="x", model="watch", deadline_s=9, prompt="a"), "invalid", "windows",
     ),
+    "endless": (
+        InferRequest(
+            request="x", model="watch", deadline_s=9,
+            windows=WireTensor(shape=(0, 2**31, 2**31, 2**31), data=b""),
+        ),
+        "invalid", "shape",
+    ),
     "unknown": (
         InferRequest(request="x", model="sage", deadline_s=9, prompt="a"), "unknown", "no model",
     ),

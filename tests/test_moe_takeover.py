@@ -143,6 +143,19 @@ def test_an_unloaded_model_is_unknown_until_it_is_loaded_again(repository: Path)
         assert host.find("poet").version == 1
 
 
+def test_a_name_that_is_none_leaves_no_trace(repository: Path) -> None:
+    """Whoever asks to load or unload what cannot be a model's name leaves the index as it was."""
+    with hosting(repository) as host:
+        before = host.index()
+
+        with pytest.raises(StoreError, match="cannot be a model's name"):
+            host.load("../elsewhere")
+        with pytest.raises(RefusedError, match="there is no model"):
+            host.unload("../elsewhere")
+
+        assert host.index() == before
+
+
 def test_a_pinned_version_stays(repository: Path) -> None:
     """A version that the configuration names is served, whatever is published later."""
     with hosting(repository, poet=ModelConfig(version=1)) as host:

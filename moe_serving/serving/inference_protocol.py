@@ -6,6 +6,7 @@ BYTES. A language model or translation takes `text` BYTES [1] or `tokens` INT64 
 `logprobs` FP32. Of an echoed prompt the first token has none, so there is one fewer.
 """
 
+import math
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -174,6 +175,8 @@ def _work(hosted: Hosted, body: InferenceRequest) -> tuple[Work, float | None]:
     if isinstance(hosted.loaded.record, ClassifierConfig):
         limits = _parameters(ClassificationParameters, body.parameters)
         _check_name(tensor, "windows")
+        if not all(tensor.shape):
+            raise RefusedError("invalid", "a size is 0: send a window", pointer="inputs[0].shape")
         windows = _numbers(tensor, np.float32).reshape(tensor.shape)
         return Classify(np.ascontiguousarray(windows)), limits.deadline_s
     _check_name(tensor, "text", "tokens")
@@ -216,7 +219,7 @@ def _numbers(tensor: InputTensor, kind: type[np.generic]) -> npt.NDArray[Any]:
         found = np.asarray(tensor.data, dtype=kind).ravel()
     except (ValueError, TypeError, OverflowError) as error:
         raise RefusedError("invalid", f"not numbers: {error}", pointer="inputs[0].data") from error
-    expected = int(np.prod(tensor.shape, dtype=np.int64))
+    expected = math.prod(tensor.shape)
     if len(found) != expected:
         raise RefusedError(
             "invalid",

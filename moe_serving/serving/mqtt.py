@@ -179,7 +179,11 @@ class MqttGateway:
         self._memory.keep((device, request.request), b"")
         try:
             self._submit(device, request)
-        except RefusedError as error:
+        except Exception as error:
+            # Nobody will settle it: a copy of it must not wait for an answer that never comes.
+            if not isinstance(error, RefusedError):
+                _log.exception("request failed device=%s request=%s", device, request.request)
+                error = RefusedError("failed", "the server failed: see its log")
             reason = f"{error.pointer}: {error}" if error.pointer else str(error)
             ending = Ending(error.outcome, reason=reason, retry_after_s=error.retry_after_s)
             self._say(device, _refusal(request, ending))
@@ -279,6 +283,9 @@ def _work(hosted: Hosted, request: InferRequest) -> Work:
     if request.windows is not None:
         sent = request.windows
         kind = np.dtype("<f4" if sent.datatype == "FP32" else "<f2")
+        if len(sent.shape) != 3 or not all(sent.shape):
+            reason = f"shape {list(sent.shape)[:8]}; expected [windows, steps, channels], none 0"
+            raise RefusedError("invalid", reason, pointer="windows")
         return Classify(np.frombuffer(sent.data, kind).reshape(sent.shape).astype(np.float32))
     prompt = request.prompt or ()
     try:
