@@ -159,7 +159,8 @@ class PlanningChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run of training, as `run.toml` says it.
 
-    `evaluation` is a folder of `.npz` or `.csv` files the hub measures each new model on.
+    `evaluation` is a folder of `.npz` or `.csv` files the hub measures each new model on. `start`
+    names a run or training in the hub's registry, whose newest model this run begins with.
     `seed` decides the initial weights, who is chosen, and the order of batches. `selection` says
     how: each with the same chance, by what their twins forecast, or by a plan that also says how
     fast each may send.
@@ -185,6 +186,7 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     planning: PlanningChoice = PlanningChoice()
     evaluation: Path | None = None
     seed: int = 0
+    start: str = ""
     mirror: bool = False
     stand_in: bool = False
     students: dict[str, ModelChoice] = {}
@@ -193,6 +195,8 @@ class RunPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         _check(self.name, "name")
+        if self.start:
+            _check(self.start, "start")
         method = method_named(self.method.name)
         if (self.students or self.teaching or self.at_twin) and not method.is_personal:
             raise ConfigError(

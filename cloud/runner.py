@@ -268,7 +268,11 @@ class HubRunner:
 
     def _open_run(self, plan: RunPlan, now: float) -> list[Effect[HubFact]]:
         try:
-            model = self._registry.read(plan.teaching) if plan.teaching else initial_model(plan)
+            model = (
+                self._registry.read(plan.teaching)
+                if plan.teaching
+                else initial_model(plan, self._registry)
+            )
         except (ConfigError, StoreError) as error:
             # It was asked for by somebody who did not check; the other runs shall not suffer.
             _log.error("run cannot begin run=%s: %s", plan.name, error)

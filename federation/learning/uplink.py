@@ -5,10 +5,12 @@ base, all entries or the largest, dense or int8. What did not travel, for whiche
 reasons, is the *residual*: it is added to the next update, so that it is late and not lost
 (error feedback, arXiv:1901.09847, Alg. 2; for layers the residual memory of FedLP). The residual
 is what the device wanted to say minus what the hub decodes, so nothing of the codec can be
-left out of it by mistake.
+left out of it by mistake. Of a sparse model what is zero in the base does not travel either, and
+needs no index: both sides see where the base is zero.
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +18,9 @@ from numpy.typing import NDArray
 
 from federation.errors import CodecError, ConfigError
 from federation.learning.layers import choose_layers, method_part, model_part
+from federation.learning.methods import method_named
 from federation.learning.submodel import leading_slice
+from federation.learning.support import support_of, within_support
 from federation.protocol.codec import (
     Weights,
     check_form,
@@ -98,14 +102,16 @@ def pack_update(
         name: _wanted(name, shared[name], origin[name], owed.get(name), plan.uplink)
         for name in shared
     }
+    support = _support(origin, plan)
     if not in_place:
         for name, tensor in wanted.items():
             check_tensor(name, tensor, origin[name])
+    wanted = within_support(wanted, support)
     sent = choose_layers(wanted, plan.layers)
-    data = _packed({**sent, **state}, plan, in_place=in_place)
+    data = _packed({**sent, **state}, plan, support, in_place=in_place)
     if not plan.uplink.residual:
         return data, {}
-    heard = decode(data, like=origin, sparse=True)
+    heard = decode(data, support, like=origin, sparse=True)
     # Of a tensor that did not travel the hub assumes the base.
     assumed = {n: np.zeros_like(t) if plan.uplink.delta else t for n, t in origin.items()}
     left = {n: _finite(n, np.subtract, wanted[n], heard.get(n, assumed[n])) for n in wanted}
@@ -113,16 +119,27 @@ def pack_update(
     return data, {**absent, **left}
 
 
-def _packed(sent: Weights, plan: LocalPlan, *, in_place: bool) -> bytes:
+def _support(base: Weights, plan: LocalPlan) -> dict[str, NDArray[np.bool_]]:
+    """Where tensors live, of those that do not live entirely; nothing of dense models."""
+    if not method_named(plan.method).keeps_zeros:
+        return {}
+    return {name: alive for name, alive in support_of(base).items() if not alive.all()}
+
+
+def _packed(
+    sent: Weights, plan: LocalPlan, support: Mapping[str, NDArray[np.bool_]], *, in_place: bool
+) -> bytes:
     uplink = plan.uplink
-    if in_place and uplink.encoding == "dense" and uplink.top_k == 1.0:
+    if in_place and not support and uplink.encoding == "dense" and uplink.top_k == 1.0:
         return InPlace(sent, _dense_size(tuple((n, t.shape) for n, t in sent.items()))).as_bytes()
     kept = None
     if uplink.top_k < 1.0:
         kept = {n: _largest(t, uplink.top_k) for n, t in model_part(sent).items()}
+        kept |= {n: kept[n] & alive for n, alive in support.items() if n in kept}
     return encode(
         sent,
         encoding=uplink.encoding,
+        masks=None if kept is not None else support,
         kept=kept,
         compact=True,
         seed=plan.seed,
@@ -149,10 +166,18 @@ def unpack_update(
 
     Raises:
         CodecError: unreadable, another name or shape, NaN or infinity, or some entries of a
-            tensor where the plan asks for weights.
+            tensor where the plan asks for weights; or life where the base of a method that
+            keeps zeros has none.
     """
-    update = decode(data, like=model_part(base), sparse=plan.uplink.delta)
+    support = _support(base, plan)
+    update = decode(data, support, like=model_part(base), sparse=plan.uplink.delta)
     check_update(update, base, plan.layers, narrower=narrower)
+    for name in support.keys() & update.keys():
+        if update[name][~support[name]].any():
+            raise CodecError(
+                f"tensor {name!r} has entries where the base is zero, and {plan.method} keeps "
+                "these: refuse it"
+            )
     return update
 
 

@@ -9,6 +9,7 @@ from federation.learning.losses import (
     distilled,
     exits,
     prototypes,
+    sparse,
     taught,
     terms,
 )
@@ -23,6 +24,7 @@ OBJECTIVES: Mapping[str, BuildObjective] = MappingProxyType(
         **distilled.OBJECTIVES,
         **exits.OBJECTIVES,
         **taught.OBJECTIVES,
+        **sparse.OBJECTIVES,
     }
 )
 """Builds an objective from what there is to look at before the first step."""

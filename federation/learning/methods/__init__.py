@@ -13,6 +13,7 @@ from federation.learning.methods import (
     distilled,
     layerwise,
     robust,
+    sparse,
     taught,
 )
 from federation.learning.methods.record import Method
@@ -30,6 +31,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             robust,
             buffered,
             taught,
+            sparse,
         )
         for method in family.METHODS
     }

@@ -69,6 +69,7 @@ class Method:
     `stands_in` whether a device's digital agent may train in its place: what the device sends then
     follows from base, plan and data, and from nothing it remembers. Where `is_personal` each
     device has a model of its own, and none are averaged: `aggregate` is then asked for nothing.
+    With `keeps_zeros` an entry of a matrix that is zero in the base stays so, and never travels.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Method:
     narrower: bool = False
     stands_in: bool = False
     is_personal: bool = False
+    keeps_zeros: bool = False
 
     def settings(self, given: Numbers) -> dict[str, float]:
         """All numbers of the method: those given, and the defaults of the others.
