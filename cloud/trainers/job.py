@@ -12,6 +12,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.rendezvous import rendezvous
 
 from cloud.trainers.loop import Place, Step, Watcher
 from cloud.trainers.plans import TrainPlan
@@ -64,10 +65,15 @@ def _joined() -> Iterator[Place]:
             f"WORLD_SIZE is {ranks} and {missing[0]} is not set; torchrun sets all of them: start "
             "with torchrun, or without WORLD_SIZE"
         )
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, ranks = next(rendezvous("env://"))
+    # torchrun keeps one store over its restarts, and in it the addresses of processes that are
+    # gone (github.com/pytorch/pytorch/issues/135712): each attempt has keys of its own.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=own, rank=rank, world_size=ranks)
     try:
-        rank = dist.get_rank()
-        yield Place(rank, dist.get_world_size(), dist.group.WORLD, leads=rank == 0)
+        yield Place(rank, ranks, dist.group.WORLD, leads=rank == 0)
     finally:
         dist.destroy_process_group()
 
