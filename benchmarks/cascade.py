@@ -198,12 +198,13 @@ def _claims(
     }
     server.stop()
     away = [run(bare[w.name], asks[w.name], w, deadline_s=0.5) for w in wearers]
+    labelled = [run(students[w.name], asks[w.name], w, deadline_s=0.5) for w in wearers]
     sure = [probabilities(predict(w.x), students[w.name].temperature) for w in wearers]
     return [
         *_accuracy(wearers, sure, experts, told),
         *_without(wearers, sure, experts, without),
         *_cost(told),
-        *_away(wearers, sure, away),
+        *_away(wearers, sure, away, labelled),
     ]
 
 
@@ -296,7 +297,7 @@ def _without(
         asked = sum(each.report.asked for each in told) / len(y)
         gap = (wrong - best) / max(1e-9, alone - best)
         found += [
-            claim(f"{name}: gap left open", gap, "of it"),
+            claim(f"{name}: gap left open", gap, "of it", goal=GAP_LEFT),
             claim(f"{name}: windows sent up", asked, "of all", goal=SHARE),
         ]
     return found
@@ -328,9 +329,17 @@ def _away(wearers: list[Wearer], sure: list[NDArray[np.float64]], away: list[Tol
     y = np.concatenate([w.y for w in wearers])
     alone = 100 * float(1 - (np.concatenate(sure).argmax(axis=1) == y).mean())
     wrong = 100 * float(1 - np.concatenate([each.right for each in away]).mean())
+    taught = 100 * float(1 - np.concatenate([each.right for each in labelled]).mean())
     waits = sum(each.report.questions for each in away)
     return [
         claim("hub away, wrong", wrong, "%", peer="student alone", peer_value=alone, goal=alone),
+        claim(
+            "hub away, corrected by the labels alone, wrong",
+            taught,
+            "%",
+            peer="student alone",
+            peer_value=alone,
+        ),
         claim("hub away, deadlines waited for", waits / len(away), "a wearer"),
     ]
 
