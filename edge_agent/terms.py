@@ -70,6 +70,9 @@ class Terms:
             return "the owner of this device does not let its data be mirrored"
         if not (math.isfinite(letter.deadline_s) and letter.deadline_s >= 0.0):
             return f"the deadline is in {letter.deadline_s} s; expected seconds from 0 on"
+        pace = letter.plan.uplink.pace
+        if not (math.isfinite(pace) and pace >= 0.0):
+            return f"the pace is {pace} bytes a second; expected 0 (none) or more"
         try:
             check_content(letter.base)
         except TransferError as error:

@@ -221,12 +221,13 @@ IMPOSSIBLE = [
     {"deadline_s": float("nan")},
     {"deadline_s": float("inf")},
     {"deadline_s": -1.0},
+    {"plan": m.LocalPlan(model=m.ModelSpec(name="mlp"), uplink=m.Uplink(pace=float("nan")))},
 ]
 
 
 @pytest.mark.parametrize("changes", IMPOSSIBLE)
 def test_an_impossible_assignment_is_declined_and_nothing_of_it_is_kept(changes):
-    """A base or a deadline that cannot be is answered in words; the task in hand goes on."""
+    """A base, a deadline or a pace that cannot be is answered in words; the task in hand goes on."""
     desk = Desk().boot().meet()
     desk.hear(assignment(inline=b"base"))
     desk.take(m.TaskEvent)
