@@ -155,6 +155,16 @@ def test_a_question_about_nobody_is_refused() -> None:
         fork([], TwinModel(), question, at=0.0, event=0)
 
 
+@pytest.mark.parametrize(
+    ("differs", "says"),
+    [({"selection": "plan"}, "draw devices by chance"), ({"mirror": True}, "runs of one model")],
+)
+def test_a_run_that_futures_cannot_play_is_refused(differs: dict[str, object], says: str) -> None:
+    """What the engine would leave out is said, and not left out in silence."""
+    with pytest.raises(ConfigError, match=says):
+        WhatIf(run=msgspec.convert(RUN | differs, RunPlan))
+
+
 def test_the_command_forecasts_and_writes_nothing(typed: Type, tmp_path: Path) -> None:
     """`headwater-hub what-if` answers from a hub's record, which stays as it was, byte for byte."""
     _observed(_scenario(1.6e6), tmp_path / "hub")

@@ -37,7 +37,8 @@ class WhatIf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     `without` names devices that are not there; `copies` is how many there are of each of the
     others. `at` is when the run would begin, in seconds since 1970 (none: when the question is
-    asked); it decides the hours of availability. `seed` decides the futures.
+    asked); it decides the hours of availability. `seed` decides the futures. A run that
+    chooses devices by their twins, or that has students, cannot be asked about.
     """
 
     run: RunPlan
@@ -53,6 +54,16 @@ class WhatIf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"futures is {self.futures}; expected 1 to {MAX_FUTURES}: correct it")
         if not 1 <= self.copies <= 10_000:
             raise ConfigError(f"copies is {self.copies}; expected 1 to 10000: correct it")
+        run = self.run
+        if run.selection != "uniform":
+            raise ConfigError(
+                f"run.selection is {run.selection!r}; futures draw devices by chance: leave it out"
+            )
+        if run.mirror or run.teaching or run.students or run.at_twin:
+            raise ConfigError(
+                "the run mirrors data or teaches students; futures are of runs of one model: "
+                "ask about such a one"
+            )
 
 
 def named(question: WhatIf) -> set[str]:
