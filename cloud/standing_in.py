@@ -1,5 +1,6 @@
 """Digital agents at work beside the rounds: what they train, the hub's thread never waits for."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -41,8 +42,9 @@ class StandIns:
     def close(self, patience_s: float = 10.0) -> None:
         """Finish the task in hand, within this patience; the others end with their round."""
         if self._thread is not None:
-            while not self._jobs.empty():
-                self._jobs.get_nowait()
+            with contextlib.suppress(queue.Empty):  # The thread may take the last one first.
+                while True:
+                    self._jobs.get_nowait()
             self._jobs.put(None)
             self._thread.join(patience_s)
 

@@ -1,8 +1,8 @@
 """From a published version to an engine that is known to work.
 
-A version is served only after its files were checked, its weights found finite, and a probe
-answered alone and in company alike. The same probe says how many tokens a second the model does,
-which admission begins with.
+A version is served only after its files were checked, its weights found finite (experts within a
+budget: each as it is first read), and a probe answered alone and in company alike. The same probe
+says how many tokens a second the model does, which admission begins with.
 """
 
 import time

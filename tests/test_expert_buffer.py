@@ -17,7 +17,7 @@ from federation.errors import ConfigError, StoreError
 from moe_serving.buffering.gates import foresee, watch_next_gates
 from moe_serving.buffering.policies import POLICIES
 from moe_serving.buffering.simulation import simulate
-from moe_serving.buffering.source import HostSource
+from moe_serving.buffering.source import Buffer, FileSource, HostSource
 from moe_serving.buffering.store import IN_FLIGHT, BufferedStore, Settings, open_store
 from moe_serving.buffering.trace import TraceRecorder
 from moe_serving.checkpoint import expert_ranges, load, save
@@ -245,6 +245,28 @@ def test_a_file_cut_short_while_it_serves_is_one_clear_error(
     ran = [expert for expert, _ in store.visit(1, [0, 0, 0, 1, 0, 0, 0, 0])]
 
     assert ran == [3]
+    store.close()
+
+
+def test_a_source_that_fails_unforeseen_keeps_nobody_waiting(checkpoint: Path) -> None:
+    """Whatever goes wrong in the reading thread is an error of the visit, and the thread lives."""
+
+    class Failing(FileSource):
+        fails = False
+
+        def read(self, key: int, buffer: Buffer) -> None:
+            if self.fails:
+                raise RuntimeError("no such luck")
+            super().read(key, buffer)
+
+    source = Failing(expert_ranges(checkpoint))
+    store = BufferedStore(source, pack_plain, Settings(4 * source.size_bytes))
+    source.fails = True
+    with pytest.raises(StoreError, match="no such luck"):
+        list(store.visit(0, [1, 0, 0, 0, 0, 0, 0, 0]))
+    source.fails = False
+
+    assert [expert for expert, _ in store.visit(0, [1, 0, 0, 0, 0, 0, 0, 0])] == [0]
     store.close()
 
 

@@ -102,6 +102,8 @@ class Reader:
                 result: Buffer | StoreError = buffer
             except StoreError as error:
                 result = error
+            except Exception as error:  # outermost: whoever waits must hear of it, and not wait
+                result = StoreError(f"an expert cannot be read ({error!r}): report this")
             with self._changed:
                 self._reading = None
                 self.bytes_read += self._source.size_bytes
