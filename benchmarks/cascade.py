@@ -324,8 +324,17 @@ def _cost(told: list[Told]) -> list[Claim]:
     ]  # fmt: skip
 
 
-def _away(wearers: list[Wearer], sure: list[NDArray[np.float64]], away: list[Told]) -> list[Claim]:
-    """With the server ended: the student's answers, and what waiting for nobody cost."""
+def _away(
+    wearers: list[Wearer],
+    sure: list[NDArray[np.float64]],
+    away: list[Told],
+    labelled: list[Told],
+) -> list[Claim]:
+    """With the server ended: the student's answers, and what waiting for nobody cost.
+
+    With labels the device corrects itself before anybody is asked: what the cascade adds to that
+    is the hub's part.
+    """
     y = np.concatenate([w.y for w in wearers])
     alone = 100 * float(1 - (np.concatenate(sure).argmax(axis=1) == y).mean())
     wrong = 100 * float(1 - np.concatenate([each.right for each in away]).mean())
