@@ -227,7 +227,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize("changes", IMPOSSIBLE)
 def test_an_impossible_assignment_is_declined_and_nothing_of_it_is_kept(changes):
-    """A base, a deadline or a pace that cannot be is answered in words; the task in hand goes on."""
+    """A base, deadline or pace that cannot be is answered in words; the task in hand goes on."""
     desk = Desk().boot().meet()
     desk.hear(assignment(inline=b"base"))
     desk.take(m.TaskEvent)

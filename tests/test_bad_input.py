@@ -192,6 +192,8 @@ def test_an_update_that_cannot_be_averaged_is_refused_alone(
         ({"inline": b"short"}, "5 bytes"),
         ({"report": m.Report(samples=-5)}, "-5 samples"),
         ({"report": m.Report(samples=1, loss_sum=float("nan"))}, "not finite"),
+        ({"report": m.Report(samples=1, seconds=1e308)}, "beyond all reason"),
+        ({"report": m.Report(samples=1, steps=2**64 - 1)}, "18446744073709551615 steps"),
     ],
 )
 def test_an_announcement_that_cannot_be_is_refused_before_a_byte_is_taken(

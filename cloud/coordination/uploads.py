@@ -1,6 +1,5 @@
 """The hub's side of updates that are on their way: what has arrived, and what it turned into."""
 
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,12 @@ from federation.protocol.transfer import Incoming, check_content
 
 MAX_RESTARTS = 3
 """How often a content whose digest does not hold is asked for again before it is refused."""
+
+MOST = 2**40
+"""No report counts more samples, steps or right answers."""
+
+LARGEST = 1e30
+"""No report has a larger sum of losses, or time."""
 
 
 @dataclass(slots=True)
@@ -96,7 +101,10 @@ def check_announced(letter: UpdateOpen, largest_bytes: int) -> None:
         raise TransferError(
             f"update of {content.size} bytes; one of this model has between 1 and {largest_bytes}"
         )
-    if not 1 <= report.samples <= 2**40:
+    if not 1 <= report.samples <= MOST:
         raise TransferError(f"report of {report.samples} samples; an update has at least 1")
-    if not (math.isfinite(report.loss_sum) and math.isfinite(report.seconds)):
-        raise TransferError("report with a loss or time that is not finite")
+    if not (0 <= report.steps <= MOST and 0 <= report.correct <= MOST):
+        raise TransferError(f"report of {report.steps} steps and {report.correct} right answers")
+    # Of finite numbers the sum may be infinite, and no record could be read that has one.
+    if not (abs(report.loss_sum) <= LARGEST and abs(report.seconds) <= LARGEST):
+        raise TransferError("report with a loss or time that is not finite, or beyond all reason")
