@@ -1,16 +1,20 @@
 """`headwater-hub train`: from a file to a model that is used, whatever ends it in between."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
+import numpy as np
 import psutil
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from cloud.record.registry import ManifestEntry, Registry
 from cloud.trainers.checkpoints import Checkpoints, Moment, digest_of
@@ -199,10 +203,10 @@ def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(
 
 
 def _by_torchrun(
-    launch: Callable[..., Process], ranks: int, plan: Path, out: Path, *, restarts: int = 0
+    launch: Callable[..., Process], ranks: int, plan: Path, out: Path, *more: str, restarts: int = 0
 ) -> Process:
     asked = ("--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}")
-    train = ("-m", "cloud", "train", str(plan), "--out", str(out))
+    train = ("-m", "cloud", "train", str(plan), "--out", str(out), *more)
     return launch("torch.distributed.run", *asked, *train, **QUIET)
 
 
@@ -249,3 +253,39 @@ def test_a_rank_that_is_killed_costs_only_the_steps_since_the_checkpoint(
     assert resumed.loss == whole.loss
     assert resumed.steps == whole.steps
     assert "failed (exitcode" in run.last_words(400)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_experts_trained_on_four_ranks_are_served(
+    launch: Callable[..., Process], tmp_path: Path, windows: dict[str, Any]
+) -> None:
+    """Tensor 2 by expert 2 trains HAPT's classifier; `headwater-moe serve` is as often right."""
+    data = windows["data"] | {"at_most": 2048}
+    shape = {"parallel": {"tensor": 2, "expert": 2}, "optimizer": {"learning_rate": 5e-3}}
+    path = _written(tmp_path, windows | shape | {"data": data, "epochs": 2})
+    _ends_well(_by_torchrun(launch, 4, path, tmp_path / "out", "--hub", str(tmp_path / "hub")))
+    serve = write_toml(tmp_path / "moe.toml", {"repository": "hub/served", "http": {"port": 0}})
+
+    server = launch("moe_serving", "serve", str(serve), **QUIET)
+    _until(lambda: "serving" in server.last_words(), server)
+    found = re.search(r"serving windows \(1\) on (\S+)", server.last_words())
+    assert found, server.last_words()
+    hapt = load("hapt", cache=cache_folder(os.environ))
+    assert hapt.client is not None
+    held = hapt.client == hapt.client_names.index("person-05")
+    with httpx.Client(base_url=found.group(1), timeout=60.0) as client:
+        told = [label for x in np.array_split(hapt.x[held], 10) for label in _asked(client, x)]
+
+    right = np.mean([label == hapt.labels[y] for label, y in zip(told, hapt.y[held], strict=True)])
+    result = _result(tmp_path / "out")
+    assert right == pytest.approx(result.accuracy, abs=0.003)
+    assert right > 0.6
+
+
+def _asked(client: httpx.Client, x: NDArray[np.float32]) -> list[str]:
+    """What a server of models calls these windows."""
+    tensor = {"name": "windows", "shape": x.shape, "datatype": "FP32", "data": x.ravel().tolist()}
+    answer = client.post("/v2/models/windows/infer", json={"inputs": [tensor]}).raise_for_status()
+    labels: list[str] = answer.json()["outputs"][1]["data"]
+    return labels

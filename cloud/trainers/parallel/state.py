@@ -82,7 +82,8 @@ class ShardedState:
             start = spans[name].stop
         ranks = dist.get_world_size(group)
         each = -(-start // ranks)
-        whole = torch.zeros(each * ranks)
+        device = next((cut.parameter.device for cut in cuts.values()), None)
+        whole = torch.zeros(each * ranks, device=device)
         for name, cut in cuts.items():
             whole[spans[name]] = cut.parameter.detach().float().reshape(-1)
         rank = dist.get_rank(group)
@@ -182,7 +183,9 @@ class ShardedState:
             start = 0
             for vector, optimizer in _tiles(share):
                 window = slice(start, start + len(vector))
-                optimizer.state[vector] = {kind: all_[window].clone() for kind, all_ in own.items()}
+                optimizer.state[vector] = {
+                    kind: all_[window].to(vector.device, copy=True) for kind, all_ in own.items()
+                }
                 if "step" in tensors:
                     optimizer.state[vector]["step"] = tensors["step"].clone()
                 start = window.stop
@@ -230,7 +233,9 @@ def _vectors(share: Share) -> dict[str, Tensor]:
 def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     if dist.get_world_size(group) == 1:
         return mine
-    whole = torch.empty(len(mine) * dist.get_world_size(group), dtype=mine.dtype)
+    whole = torch.empty(
+        len(mine) * dist.get_world_size(group), dtype=mine.dtype, device=mine.device
+    )
     dist.all_gather_single(whole, mine.contiguous(), group=group)
     return whole
 
