@@ -9,6 +9,7 @@ import pytest
 from cloud.config import MethodChoice, ModelChoice, RunPlan
 from cloud.coordination.coordinator import Coordinator
 from cloud.coordination.facts import (
+    AttemptChanged,
     ChunkStored,
     HubMemory,
     MirrorTaken,
@@ -36,6 +37,7 @@ from optimizer.baselines import select_uniformly
 from tests.desk import Desk, assignment
 from tests.real import digits_plan, digits_shards, real_fleet, wait_until
 from tests.rooms import Room, encoded, run_plan, value, weights
+from tests.simulated import on_disk
 from twin.mirror import MirrorStore
 from twin.teacher import Phase, Schooling
 
@@ -355,6 +357,20 @@ def test_a_word_taken_back_while_the_agent_trains_is_obeyed():
     room.stood_in(Trained("run_1_d2", update=encoded(3.0), report=m.Report(samples=1)))
 
     assert len(room.of(UpdateAccepted)) == 1
+
+
+def test_an_agent_of_before_a_restart_fails_nobody():
+    """What was asked before the hub began anew is passed over, and asked again where it is due."""
+    plan = with_(run_plan(2, lost_grace_s=5.0, deadline_s=60.0), stand_in=True)
+    with on_disk(plan) as record:
+        room = dropped(record=record)
+        room.restart()
+
+        room.stood_in(Trained("run_1_d2", update=encoded(3.0), report=m.Report(samples=1)))
+
+        assert not any(fact.status == "failed" for fact in room.of(AttemptChanged))
+        room.wait(12.0)
+    assert [task.assignment.attempt for task in room.tasks] == ["run_1_d2"] * 2
 
 
 def test_without_the_plans_word_nobody_stands_in():

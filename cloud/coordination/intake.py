@@ -191,8 +191,10 @@ class Intake:
         entry = run.round.attempts.get(trained.attempt)
         if entry is None or entry.status == "received":
             return  # The round is over, or the device was back in time.
+        if not self._standing_in.has_asked(trained.attempt):
+            return  # Asked before the hub began anew: where it is still wanted, it is asked again.
         device = entry.device
-        failure = self._standing_in.objection(run, trained.attempt, device) or trained.failure
+        failure = self._standing_in.objection(run, device) or trained.failure
         if not failure:
             try:
                 update = run.read_update(trained.update, device)

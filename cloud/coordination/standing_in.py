@@ -45,10 +45,12 @@ class StandingIn:
                 found.append((entry, Train(assignment, base)))
         return found
 
-    def objection(self, run: ActiveRun, attempt: str, device: str) -> str:
+    def has_asked(self, attempt: str) -> bool:
+        """Whether an agent was given this attempt: by this hub, since it last began."""
+        return attempt in self._asked
+
+    def objection(self, run: ActiveRun, device: str) -> str:
         """Why what an agent made may not count any more; empty where it may."""
-        if attempt not in self._asked:
-            return "no digital agent was asked for it"
         return self._why_not(device, run.local_plan(device))
 
     def forget(self) -> None:

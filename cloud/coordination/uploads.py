@@ -105,6 +105,6 @@ def check_announced(letter: UpdateOpen, largest_bytes: int) -> None:
         raise TransferError(f"report of {report.samples} samples; an update has at least 1")
     if not (0 <= report.steps <= MOST and 0 <= report.correct <= MOST):
         raise TransferError(f"report of {report.steps} steps and {report.correct} right answers")
-    # Of finite numbers the sum may be infinite, and no record could be read that has one.
+    # Finite is not enough: two devices' sum may be infinite, and all figures of the round with it.
     if not (abs(report.loss_sum) <= LARGEST and abs(report.seconds) <= LARGEST):
         raise TransferError("report with a loss or time that is not finite, or beyond all reason")
