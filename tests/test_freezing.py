@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from msgspec.structs import replace as changed
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cloud.config import ModelChoice
 from cloud.trainers.checkpoints import Checkpoints
 from cloud.trainers.freezing.activations import Activations
 from cloud.trainers.freezing.chain import chain_of, even_cuts
@@ -20,7 +22,15 @@ from cloud.trainers.freezing.reference import Answer, Int8Linear, Question, Refe
 from cloud.trainers.freezing.schedules import freeze_out_scale, freeze_out_times, front_at
 from cloud.trainers.freezing.technique import Freezing
 from cloud.trainers.loop import ALONE, Place, Trainer, learning_rate
-from cloud.trainers.plans import DataPlan, FreezingPlan, OptimizerPlan, ParallelPlan, TrainPlan
+from cloud.trainers.plans import (
+    DataPlan,
+    FreezingPlan,
+    OptimizerPlan,
+    ParallelPlan,
+    SparsePlan,
+    TrainPlan,
+)
+from cloud.trainers.running import Setting, run_training
 from cloud.trainers.state import TrainingState
 from cloud.trainers.task import Arrays, Task
 from cloud.trainers.tasks.labelled import sum_of
@@ -150,7 +160,7 @@ def test_nothing_freezes_in_the_critical_period() -> None:
     """Readings count while the loss still falls fast, but freeze nobody."""
     front = Front(3, Rule("absolute", 2))
     for _ in range(10):
-        front = front.after((0.5,), 0.1, may_freeze=False)
+        front = front.after((0.5,), 0.1, at_most=0)
     assert front.front == 0
     assert front.after((0.5,), 0.1).front == 1
 
@@ -436,6 +446,29 @@ def test_freeze_out_learns_as_much_in_less_time() -> None:
         assert rates == pytest.approx(cosine, abs=2e-3)
         assert sum(rates) == pytest.approx(0.1 * steps, rel=0.01)
     assert [front_at(times, done) for done in (0.0, 0.5, 0.7, 0.9, 1.0)] == [0, 1, 2, 4, 4]
+
+
+def test_a_plan_freezes_what_it_pruned(tmp_path: Path) -> None:
+    """[sparse] and [freezing] compose: the pruned model's front keeps its bits to the end."""
+    plan = TrainPlan(
+        name="digits",
+        data=DataPlan(set="digits", at_most=320),
+        model=ModelChoice(name="deep_mlp"),
+        epochs=2,
+        optimizer=OptimizerPlan(weight_decay=0.1),
+        sparse=SparsePlan(rule="magnitude", sparsity=0.5),
+        freezing=FreezingPlan(rule="times", times=(0.0, 0.5)),
+    )
+    setting = Setting(tmp_path / "out", tmp_path, ALONE, torch.device("cpu"))
+    outcome = run_training(plan, setting)
+    start = load_file(tmp_path / "out" / "start.safetensors")
+
+    assert outcome.result.kept == pytest.approx(0.5, abs=0.01)
+    assert not list((tmp_path / "out" / "activations").iterdir())
+    frozen = outcome.task.model.state_dict()
+    first = next(name for name in start if name.startswith("stage1") and name.endswith("weight"))
+    one_step = start[first] - frozen[first]
+    assert one_step[frozen[first] != 0].abs().max() < 3e-3, "it froze after the first step"
 
 
 def test_what_makes_no_sense_is_refused() -> None:

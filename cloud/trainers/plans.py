@@ -106,6 +106,8 @@ class FreezingPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     freezes while the loss still changes by more than `critical` (a share) from one reading to the
     next. Where the rate falls in steps, a fall to 1 / `unfreeze` lets all train again.
 
+    Under `settled` and `freeze-out` no module freezes before the share `first` of the training.
+
     The model is cut into `modules` (0: as many as it has). What frozen ones say is kept on disk
     in up to `cache_mb`. The reference is asked beside the training, or (`is_asynchronous` false)
     in it, so that a second run gives the same.
@@ -125,7 +127,7 @@ class FreezingPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     is_asynchronous: bool = True
     cache_mb: int = 2048
     times: tuple[float, ...] = ()
-    first: float = 0.5
+    first: float = 0.4
 
     def __post_init__(self) -> None:
         for field in ("tolerance", "share", "critical"):

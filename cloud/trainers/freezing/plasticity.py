@@ -52,8 +52,11 @@ class Rule:
 
     `settled` departs from the paper: the average itself is compared, not its slope. A module
     whose plasticity is constant moves as far in each window as in the one before; it has not
-    arrived. It is stale when the average is at most `share` of the largest it ever had, and
-    `patience` stale readings in a row freeze.
+    arrived. It is stale when the average is at most a share of the largest it ever had, and
+    `patience` stale readings in a row freeze. The share is `share` for the front module and
+    falls evenly to 0 for the last: the further back, the more of the answer is still made there.
+    `first` is the share of the training before which the front module does not freeze, and those
+    behind it at even distances up to the end: what moves little at a high rate is not yet right.
     """
 
     mode: Mode = "settled"
@@ -61,6 +64,7 @@ class Rule:
     tolerance: float = 0.2
     share: float = 0.3
     patience: int = 2
+    first: float = 0.4
 
     @property
     def needed(self) -> int:
@@ -143,17 +147,19 @@ class Front:
         return range(self.front, min(self.front + 1, last))
 
     def after(
-        self, readings: tuple[float, ...], rate: float, *, may_freeze: bool = True
+        self, readings: tuple[float, ...], rate: float, *, at_most: int | None = None
     ) -> "Front":
         """One reading of each watched module more, at this learning rate.
 
-        All modules in front that have stopped freeze together.
+        All modules in front that have stopped freeze together, but no more than `at_most` are
+        frozen (None: all but the last).
         """
         histories = list(self.histories)
         for module, reading in zip(self.watched, readings, strict=True):
-            histories[module] = histories[module].after(reading, self.rule)
-        front = self.front
-        while may_freeze and front < self.modules - 1 and histories[front].has_stopped(self.rule):
+            rule = replace(self.rule, share=self.rule.share * (1 - module / (self.modules - 1)))
+            histories[module] = histories[module].after(reading, rule)
+        front, bound = self.front, self.modules - 1 if at_most is None else at_most
+        while front < bound and histories[front].has_stopped(self.rule):
             front += 1
         frozen_at = rate if front > self.front == 0 else self.frozen_at
         return replace(self, front=front, histories=tuple(histories), frozen_at=frozen_at)

@@ -164,11 +164,22 @@ class Freezing:
         was, kept = self.kept.loss, self.kept
         settles = was > 0 and abs(was - loss) <= self._how.critical * was
         self.kept = replace(kept, loss=loss, is_critical=kept.is_critical and not settles)
-        may_freeze = not self.kept.is_critical
-        takes_all = front.rule.mode == "settled" or may_freeze
+        is_critical, is_settled = self.kept.is_critical, front.rule.mode == "settled"
+        at_most = front.modules - 1
+        if is_settled:
+            floors = freeze_out_times(front.modules, front.rule.first)
+            at_most = front_at(floors, step.number / self._steps)
         for answer in self._controller.answers() if self._controller is not None else ():
-            if answer.asked > self._ignored and answer.modules == front.watched and takes_all:
-                front = front.after(answer.readings, step.learning_rate, may_freeze=may_freeze)
+            if (
+                answer.asked > self._ignored
+                and answer.modules == front.watched
+                and (is_settled or not is_critical)
+            ):
+                front = front.after(
+                    answer.readings,
+                    step.learning_rate,
+                    at_most=front.front if is_critical else at_most,
+                )
         if self._place.group is None:
             return front
         told = torch.tensor([front.front, front.frozen_at], dtype=torch.float64)
@@ -265,6 +276,6 @@ def _times_of(how: FreezingPlan, modules: int) -> tuple[float, ...]:
 def _rule_of(how: FreezingPlan) -> Rule:
     match how.rule:
         case "settled" | "signed" | "absolute":
-            return Rule(how.rule, how.window, how.tolerance, how.share, how.patience)
+            return Rule(how.rule, how.window, how.tolerance, how.share, how.patience, how.first)
         case "times" | "freeze-out":
             return Rule(window=how.window)
