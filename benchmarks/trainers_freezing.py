@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -31,6 +31,9 @@ WAYS: tuple[tuple[str, FreezingPlan | None], ...] = (
     ("the paper's rule, absolute", msgspec.structs.replace(SETTLED, rule="absolute")),
     ("FreezeOut", msgspec.structs.replace(SETTLED, rule="freeze-out")),
 )
+
+SAME_TIMES = "another seed's times"
+SHORTER = "nothing frozen, two thirds of the epochs"
 
 
 class Residual(nn.Module):
@@ -217,7 +220,7 @@ def measure(options: Options) -> list[Claim]:
     """CPU seconds, those of the reference included, to what training everything reaches.
 
     Its peers are the same training with nothing frozen, with modules frozen at the times another
-    seed's rule gave, and FreezeOut; runs of one seed follow each other.
+    seed's rule gave, FreezeOut, and simply fewer epochs; runs of one seed follow each other.
     """
     torch.set_num_threads(1)
     seeds = range(1, 2 if options.is_quick else 4)
@@ -233,14 +236,14 @@ def measure(options: Options) -> list[Claim]:
     return claims
 
 
-SAME_TIMES = "another seed's times"
-
-
 def _runs(subject: Subject, seed: int, options: Options) -> dict[str, Run]:
     found = {}
     for name, how in WAYS:
         options.tell(f"{subject.name}, seed {seed}: {name}")
         found[name] = train(subject, seed, how, options.folder / "activations")
+    fewer = msgspec.structs.replace(subject.plan, epochs=max(1, subject.plan.epochs * 2 // 3))
+    shorter = replace(subject, plan=fewer)
+    found[SHORTER] = train(shorter, seed, None, options.folder / "activations")
     return found
 
 

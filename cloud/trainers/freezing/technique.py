@@ -182,7 +182,8 @@ class Freezing:
                 )
         if self._place.group is None:
             return front
-        told = torch.tensor([front.front, front.frozen_at], dtype=torch.float64)
+        device = self._state.buckets[0].master.device
+        told = torch.tensor([front.front, front.frozen_at], dtype=torch.float64, device=device)
         dist.broadcast(told, src=0, group=self._place.group)
         return replace(front, front=int(told[0]), frozen_at=float(told[1]))
 
