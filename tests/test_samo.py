@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cloud.trainers.plans import OptimizerPlan
+from cloud.config import ModelChoice
+from cloud.trainers.checkpoints import digest_of
+from cloud.trainers.plans import DataPlan, OptimizerPlan, SparsePlan, TrainPlan
 from cloud.trainers.sparse.compression import kept_of
 from cloud.trainers.sparse.masks import (
     EarlyBird,
@@ -215,6 +217,22 @@ def test_masks_survive_the_disk_and_others_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ConfigError, match="no file of masks"):
         load_masks(path, model)
+
+
+def test_a_plan_with_a_file_of_masks_is_told_from_others() -> None:
+    """The plan's digest, by which checkpoints are found again, depends on the file of masks."""
+    digests = {
+        digest_of(
+            TrainPlan(
+                name="pruned",
+                data=DataPlan(set="digits"),
+                model=ModelChoice(name="mlp"),
+                sparse=SparsePlan(rule="file", file=Path(file)),
+            )
+        )
+        for file in ("one.masks", "one.masks", "two.masks")
+    }
+    assert len(digests) == 2
 
 
 def test_state_goes_on_from_what_was_kept() -> None:

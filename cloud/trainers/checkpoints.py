@@ -117,4 +117,4 @@ class Checkpoints:
 
 def digest_of(plan: msgspec.Struct) -> str:
     """What tells one plan from another: the SHA-256 of its JSON."""
-    return hashlib.sha256(msgspec.json.encode(plan)).hexdigest()
+    return hashlib.sha256(msgspec.json.encode(plan, enc_hook=str)).hexdigest()
