@@ -41,7 +41,9 @@ def carry_out(path: Path, out: Path, hub: Path | None, *, as_json: bool) -> None
         if not place.leads:
             return
         text = msgspec.json.format(msgspec.json.encode(outcome.result), indent=2)
-        (out / "result.json").write_bytes(text + b"\n")
+        part = out / "result.json.part"
+        part.write_bytes(text + b"\n")
+        part.replace(out / "result.json")
         typer.echo(text.decode() if as_json else _told(outcome.result))
         if hub is not None:
             where = publish(plan, outcome.task, outcome.weights, hub, steady_clock()())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cloud.trainers.checkpoints import Checkpoints
 from cloud.trainers.plans import OptimizerPlan, TrainPlan
-from cloud.trainers.task import Task, as_input
+from cloud.trainers.task import Task, drawn
 from federation.errors import TrainingError
 
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -270,8 +270,8 @@ class Trainer:
 
     def _backward(self, places: NDArray[np.int64], weight: float) -> float:
         """Add the gradient of these samples, as a share of this rank's batch; their loss so."""
-        x, y = self.task.train.batch(places)
-        outputs, penalty = self.technique.forward(as_input(x, self._compute), places)
+        x, y = drawn(self.task, self.task.train, places, self._compute)
+        outputs, penalty = self.technique.forward(x, places)
         loss = self.task.loss(outputs.float(), y)
         loss = (loss if penalty is None else loss + penalty) * weight
         loss.backward()  # type: ignore[no-untyped-call]
@@ -281,7 +281,8 @@ class Trainer:
         """The mean over ranks: all of them stop at the same step, or none."""
         if self.place.group is None:
             return loss
-        total = torch.tensor(loss, dtype=torch.float64)
+        device = next(self.task.model.parameters()).device
+        total = torch.tensor(loss, dtype=torch.float64, device=device)
         dist.all_reduce(total, group=self.place.group)
         return float(total) / self.place.ranks
 

@@ -7,7 +7,6 @@ The folder of a training:
 <out>/dense/         the same of the dense training before a ticket is drawn
 <out>/masks.safetensors, start.safetensors   the ticket, and the weights it was drawn from
 <out>/metrics.jsonl  a line for every step that was reported
-<out>/model/         the result: weights, and config.json where it is a mixture of experts
 <out>/result.json    what it came to
 ```
 """

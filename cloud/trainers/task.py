@@ -76,8 +76,8 @@ def judge(task: Task, *, compute: torch.dtype, batch: int = 512) -> Judged:
     with torch.no_grad():
         for start in range(0, len(task.test), batch):
             places = np.arange(start, min(start + batch, len(task.test)))
-            x, y = task.test.batch(places)
-            outputs = task.forward(as_input(x, compute))[0].float()
+            x, y = drawn(task, task.test, places, compute)
+            outputs = task.forward(x)[0].float()
             counted = int((y != IGNORED).sum())
             loss += float(task.loss(outputs, y)) * counted
             right += int((outputs.argmax(1) == y).sum())
@@ -86,6 +86,14 @@ def judge(task: Task, *, compute: torch.dtype, batch: int = 512) -> Judged:
     return Judged(loss / max(1, count), right / max(1, count), count)
 
 
-def as_input(x: Tensor, compute: torch.dtype) -> Tensor:
-    """Numbers in the type the model computes with; tokens stay what they are."""
-    return x.to(compute) if x.is_floating_point() else x
+def drawn(
+    task: Task, samples: Samples, places: NDArray[np.int64], compute: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The samples at these places, where the task's model is.
+
+    Numbers come in the type the model computes with; tokens stay what they are.
+    """
+    device = next(task.model.parameters()).device
+    x, y = samples.batch(places)
+    x = x.to(device, compute) if x.is_floating_point() else x.to(device)
+    return x, y.to(device)
