@@ -74,12 +74,12 @@ def _logit_kd(scene: Scene) -> Objective:
 
 
 def _simkd(scene: Scene) -> Objective:
+    weight, labels = number_in(scene, "weight"), number_in(scene, "labels")
     if FEATURES not in scene.taught:
         return Objective(cross_entropy)
     known = _rows(scene, FEATURES, "features")
     # The classifier is the teacher's, and stays it.
     windows = [window for name, window in scene.windows() if name.startswith("classifier.")]
-    weight, labels = number_in(scene, "weight"), number_in(scene, "labels")
     term = feature_imitation(known, scene.counts, weight, labels)
     return Objective(term, resting=tuple(windows))
 
