@@ -140,6 +140,7 @@ def one_fails(rank: int, folder: Path) -> Tensor:
     weights = folder / "model.safetensors"
     share = group._share
     assert isinstance(share, HeldShare)
+    dist.barrier()  # Both have read their experts; only now the file is damaged.
     if rank:
         broken = open_store(folder, Settings(source.size_bytes * 2), pack=pack_plain)
         group._share = BufferedShare(broken)
