@@ -51,6 +51,8 @@ class Agreement:
 
     def __init__(self, state: AgreementState, *, share: float, cost: float, explore: float) -> None:
         self._share, self._cost, self._explore = share, cost, explore
+        if not len(state.heard) == len(state.differed) == BINS:
+            state = AgreementState()  # Of a version with other bins: learned anew in a day.
         self._heard, self._differed = list(state.heard), list(state.differed)
         self._price = max(state.price, cost)
         self._seen, self._sent = state.seen, state.sent

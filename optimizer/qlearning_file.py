@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -16,6 +17,16 @@ _TENSORS = {
     "linear": ("gram_PFF", "moment_PF", "weights_PF"),
     "table": ("costs_SP", "seen_SP"),
 }
+
+
+class _Header(msgspec.Struct, frozen=True):
+    """What a learned Q is for."""
+
+    format: str = ""
+    ladder: list[list[float]] = []
+    students: tuple[str, ...] = ()
+    kind: str = ""
+    rate: float = 0.0
 
 
 def save_values(values: LinearValues | TableValues, students: tuple[str, ...], path: Path) -> None:
@@ -45,22 +56,22 @@ def load_values(path: Path, students: tuple[str, ...]) -> LinearValues | TableVa
     """
     try:
         with safe_open(path, framework="numpy") as opened:
-            header = json.loads((opened.metadata() or {}).get("headwater", "{}"))
+            said = (opened.metadata() or {}).get("headwater", "{}")
+            header = msgspec.json.decode(said, type=_Header)
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, msgspec.MsgspecError) as error:
         raise StoreError(f"{path}: not a learned Q ({error}); train one and save it") from error
-    if header.get("format") != _FORMAT or header.get("ladder") != [list(rung) for rung in LADDER]:
+    if header.format != _FORMAT or header.ladder != [list(rung) for rung in LADDER]:
         raise StoreError(f"{path}: a learned Q of another format; train it again")
-    known = tuple(header.get("students", ()))
-    if known != students:
+    if header.students != students:
         raise StoreError(
-            f"{path}: learned for students {', '.join(known)}; asked for {', '.join(students)}:"
-            " train one for these"
+            f"{path}: learned for students {', '.join(header.students)}; asked for "
+            f"{', '.join(students)}: train one for these"
         )
-    kind, rate = header.get("kind"), float(header.get("rate", 0.0))
+    kind, rate = header.kind, header.rate
     pairs = 2 * len(students) + 1
     blank = LinearValues.blank(pairs) if kind == "linear" else TableValues.blank(pairs)
-    for name in _TENSORS.get(str(kind), ("kind",)):
+    for name in _TENSORS.get(kind, ("kind",)):
         wanted = getattr(blank, name, np.zeros(0)).shape
         if name not in tensors or tensors[name].shape != wanted:
             raise StoreError(f"{path}: {name} is not there or not of shape {wanted}; train again")
