@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import psutil
+import pytest
 
 from cloud.config import BrokerConfig, HubConfig, ReleasePlan
 from cloud.record.registry import Registry
@@ -42,6 +43,7 @@ def test_a_broker_that_dies_is_started_again(broker_kind: str, tmp_path: Path) -
     assert _brokers() == []
 
 
+@pytest.mark.slow
 def test_the_last_model_reaches_devices_though_the_hub_dies_at_the_end(tmp_path: Path) -> None:
     """Killed right after the run has ended, the hub releases when it is back; no data needed."""
     shards = real.digits_shards(2)

@@ -108,6 +108,7 @@ def test_many_days_cost_no_more_than_a_few():
     st.floats(0, 3 * DAY_S),
     st.floats(1, 19_000),
 )
+@settings(deadline=None)
 def test_an_empty_battery_is_charged_when_the_charger_has_given_enough(hours, watts, since, target):
     """At that moment, and not before, an idle battery without a drain holds the target."""
     physics = Physics(battery_j=20_000.0, charge_w=watts, charging_hours=hours)

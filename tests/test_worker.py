@@ -125,7 +125,7 @@ def test_a_second_job_uses_the_same_child(hire, ears):
     worker.train(assignment("one"), BASE)
     worker.train(assignment("two"), BASE)
 
-    ears.wait(lambda: len(ears.trained) == 1)
+    ears.wait(lambda: ears.trained)
     first = worker.child_pid
     ears.wait(lambda: len(ears.trained) == 2)
     assert [t.attempt for t in ears.trained] == ["one", "two"]
