@@ -53,12 +53,16 @@ class SparsePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     `rule` says when the mask is drawn: at the start by the magnitude of the weights there
     (`magnitude`, for a model that was trained before), once it has settled over epochs of dense
-    training (`early-bird`), or it is read from `file`.
+    training (`early-bird`), or it is read from `file`. `scope` says whether all tensors lose the
+    share together, or each does.
+
+    Departs from the paper: its count of memory takes every layer alike; we begin with all
+    together, since a small network's first layers are too few to lose nine tenths.
     """
 
     sparsity: float = 0.9
     rule: Literal["early-bird", "magnitude", "file"] = "early-bird"
-    scope: Literal["layer", "model"] = "layer"
+    scope: Literal["layer", "model"] = "model"
     at_most: int = 10
     file: Path | None = None
 
